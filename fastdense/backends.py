@@ -1,0 +1,175 @@
+"""Which implementation computes an op: the registry, the automatic choice, and how to override it.
+
+A backend is a module of kernels with the functions of :mod:`fastdense.kernels.contract`. ``"reference"`` is
+not one of them: it makes the modules run their naive, concatenating definition.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .kernels import portable
+
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of all ops.
+
+    Attributes:
+        name: as in :func:`use_backend`.
+        kernels: its functions, or ``None`` where it cannot run here.
+        note: what it is, or why it cannot run here.
+        devices: the device types it computes on; ``None`` for all.
+    """
+
+    name: str
+    kernels: ModuleType | None
+    note: str
+    devices: tuple[str, ...] | None = None
+
+    def refuses(self, device: torch.device) -> str | None:
+        """Why it cannot compute on ``device``, or ``None``."""
+        if self.kernels is None:
+            return self.note
+        if self.devices is not None and device.type not in self.devices:
+            return f"it computes on {' and '.join(self.devices)}, not on {device.type}"
+        return None
+
+
+_REGISTRY: dict[str, Backend] = {
+    "triton": Backend("triton", None, "this version has no Triton kernels yet", ("cuda",)),
+    "cpu": Backend("cpu", None, "this version has no C++ kernels yet", ("cpu",)),
+    "torch": Backend("torch", portable, "the portable algorithm in plain PyTorch"),
+}
+"""In order of preference."""
+
+_override: str | None = os.environ.get("FASTDENSE_BACKEND") or None
+
+
+def names() -> tuple[str, ...]:
+    """What :func:`use_backend` accepts."""
+    return ("auto", *_REGISTRY, REFERENCE)
+
+
+def kernels(name: str) -> ModuleType:
+    """The kernels of a backend that can run here."""
+    module = _REGISTRY[name].kernels if name in _REGISTRY else None
+    if module is None:
+        raise ValueError(f"no kernels for backend {name!r}; there are {', '.join(_available())}")
+    return module
+
+
+def select(device: torch.device) -> str:
+    """The backend for tensors on ``device``: the override, or the first that can compute there.
+
+    Raises:
+        ValueError: the override names no backend.
+        RuntimeError: the override names one that cannot compute on ``device``.
+    """
+    if _override is None or _override == "auto":
+        return next(name for name, backend in _REGISTRY.items() if backend.refuses(device) is None)
+    if _override == REFERENCE:
+        return REFERENCE
+    if _override not in _REGISTRY:
+        raise ValueError(_unknown(_override))
+    reason = _REGISTRY[_override].refuses(device)
+    if reason is not None:
+        raise RuntimeError(f"backend {_override!r} was asked for, but {reason}")
+    return _override
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Have every fastdense module computed by one backend inside a ``with`` block.
+
+    The choice is the process's, like the flags of ``torch.backends``: it holds in all threads. A backward
+    runs on the backend of its forward. The environment variable ``FASTDENSE_BACKEND`` sets the default.
+
+    Args:
+        name: ``"auto"``, ``"triton"``, ``"cpu"``, ``"torch"``, or ``"reference"`` for the naive definition.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    global _override
+    if name not in names():
+        raise ValueError(_unknown(name))
+    previous, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+@dataclass(frozen=True)
+class Status:
+    """What :func:`status` found. ``str()`` is a table, ``rows`` the same as (item, state, note)."""
+
+    rows: tuple[tuple[str, str, str], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {item: {"state": state, "note": note} for item, state, note in self.rows}
+
+    def __str__(self) -> str:
+        widths = [max(len(row[i]) for row in self.rows) for i in range(2)]
+        return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in self.rows)
+
+
+def status() -> Status:
+    """What can run here, what is chosen, and why what cannot run cannot."""
+    from . import __version__
+
+    rows = [
+        ("fastdense", __version__, ""),
+        ("torch", torch.__version__, f"{platform.python_implementation()} {platform.python_version()}"),
+        ("cpu", torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads"),
+        ("cuda", *_cuda()),
+    ]
+    for package, use in (("triton", "kernels for GPUs"), ("torchvision", "pretrained weights by name, convert")):
+        rows.append((package, *_package(package, use)))
+    for backend in _REGISTRY.values():
+        rows.append((f"backend {backend.name}", "available" if backend.kernels else "unavailable", backend.note))
+    rows.append((f"backend {REFERENCE}", "available", "the naive definition, concatenating"))
+    chosen = f"FASTDENSE_BACKEND or use_backend: {_override}" if _override else "automatic"
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for device in devices:
+        try:
+            rows.append((f"chosen for {device}", select(torch.device(device)), chosen))
+        except (ValueError, RuntimeError) as error:
+            rows.append((f"chosen for {device}", "none", str(error)))
+    return Status(tuple(rows))
+
+
+def _available() -> list[str]:
+    return [name for name, backend in _REGISTRY.items() if backend.kernels is not None]
+
+
+def _unknown(name: str) -> str:
+    return f"backend must be one of {', '.join(names())}, got {name!r}"
+
+
+def _cuda() -> tuple[str, str]:
+    if not torch.backends.cuda.is_built():
+        return "unavailable", "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "unavailable", f"no GPU or driver (torch is built for CUDA {torch.version.cuda})"
+    return "available", torch.cuda.get_device_name()
+
+
+def _package(name: str, use: str) -> tuple[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name), use
+    except PackageNotFoundError:
+        return "not installed", f"only needed for {use}"

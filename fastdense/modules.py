@@ -1,0 +1,348 @@
+"""Drop-in modules: the reference's parameters and names, the ops' speed.
+
+Each module is its reference class with another ``forward``: it gathers its parameters for an op, and updates
+the running statistics from what the op returns. Whatever the op does not promise to reproduce (hooks on inner
+modules, parametrisations, other norms or activations, an empty batch) runs the reference's forward instead,
+after one warning, so nothing is silently bypassed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from . import backends, ops, reference
+from .kernels.contract import ChannelStats, DenseLayers, Norm
+
+
+class FallbackWarning(UserWarning):
+    """A fast module ran its reference definition instead."""
+
+
+class FastDenseBlock(reference.DenseBlock):
+    """:class:`fastdense.reference.DenseBlock` over one shared buffer; torchvision's arguments and names.
+
+    Args:
+        num_layers: L.
+        num_input_features: channels of the input, C_0.
+        bn_size: width of the bottleneck in growth rates; ``None`` for layers without one.
+        growth_rate: channels that each layer adds, k.
+        drop_rate: probability of dropping an element of the new features.
+        memory_efficient: keep the shared buffer alone for the backward and recompute the bottlenecks.
+        drop_every_conv: drop after conv1 too, as the paper does without data augmentation.
+
+    Shapes: [N, C_0, H, W] in any strides -> [N, C_0 + L*k, H, W] in dense channels-last memory, not a view.
+    """
+
+    def forward(self, init_features: Tensor) -> Tensor:
+        return self.forward_with_stats(init_features)[0]
+
+    def forward_with_stats(self, x: Tensor) -> tuple[Tensor, ChannelStats | None]:
+        """The output and, where the block's norms made them, its batch statistics for the next norm."""
+        backend = _fast_backend(self, x, self._obstacle)
+        if backend is None or not _same_dtype(x, next(iter(self.values())).conv1.weight):
+            return super().forward(x), None
+        layers = self._gather(x)
+        dtype = _conv_dtype(x, layers.conv1_weight[0])
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        uses_batch = any(layers.norm1_batch_stats) or any(layers.norm2_batch_stats)
+        if uses_batch:
+            _check_values_per_channel(x)
+        if not needs_grad and not uses_batch and not layers.growth_mask:
+            return ops.dense_block_inference(x, layers, dtype=dtype, backend=backend), None
+
+        memory_efficient = next(iter(self.values())).memory_efficient
+        keep = needs_grad and not memory_efficient
+        result = ops.dense_block(x, layers, dtype=dtype, save_bottleneck=keep, backend=backend)
+        shared = ChannelStats(result.mean, result.var)
+        norms, stats = [], []
+        for i, layer in enumerate(self.values()):
+            channels = layer.norm1.num_features
+            norms.append(layer.norm1)
+            stats.append(ChannelStats(shared.mean[:channels], shared.var[:channels]))
+            if layer.has_bottleneck:
+                norms.append(layer.norm2)
+                stats.append(ChannelStats(result.bottleneck_mean[i], result.bottleneck_var[i]))
+        _update_running_stats(norms, stats, x.shape[0] * x.shape[2] * x.shape[3])
+        return result.out, shared if any(layers.norm1_batch_stats) else None
+
+    def _gather(self, x: Tensor) -> DenseLayers:
+        """The layers' parameters, and the dropout masks in the order and layout of the reference."""
+        layers = list(self.values())
+        first = layers[0]
+        norms1 = [layer.norm1 for layer in layers]
+        norms2 = [layer.norm2 for layer in layers if layer.has_bottleneck]
+        bottleneck_mask, growth_mask = [], []
+        if first.drop_rate > 0 and first.training:
+            for layer in layers:
+                if layer.has_bottleneck and layer.drop_every_conv:
+                    bottleneck_mask.append(_dropout_mask(x, layer.conv1, layer.drop_rate))
+                growth_mask.append(_dropout_mask(x, layer.growth_conv, layer.drop_rate))
+        return DenseLayers(
+            *_norm_lists(norms1, x),
+            [layer.conv1.weight for layer in layers],
+            *_norm_lists(norms2, x),
+            [layer.conv2.weight for layer in layers if layer.has_bottleneck],
+            bottleneck_mask,
+            growth_mask,
+            [_uses_batch_stats(norm) for norm in norms1],
+            [norm.eps for norm in norms1],
+            [_uses_batch_stats(norm) for norm in norms2],
+            [norm.eps for norm in norms2],
+            first.drop_rate,
+        )
+
+    def _obstacle(self) -> str | None:
+        """Why the op would not reproduce the layers' forward, or ``None``."""
+        if not len(self):
+            return "it has no layers"
+        first = next(iter(self.values()))
+        for name, layer in self.items():
+            if type(layer) is not reference.DenseLayer:
+                return f"{name} is a {type(layer).__name__}"
+            parts = ["norm1", "relu1", "conv1"] + (["norm2", "relu2", "conv2"] if layer.has_bottleneck else [])
+            obstacle = hooked(layer) or _obstacle_in(layer, parts)
+            if obstacle:
+                return f"{name}: {obstacle}"
+            settings = [(m.has_bottleneck, m.drop_rate, m.drop_every_conv, m.training) for m in (layer, first)]
+            if settings[0] != settings[1]:
+                return f"{name} differs from {next(iter(self))} in bottleneck, dropout or training mode"
+        return None
+
+
+class FastTransition(reference.Transition):
+    """:class:`fastdense.reference.Transition` in one pass, pooling before it multiplies.
+
+    Args:
+        num_input_features: channels in, C.
+        num_output_features: channels out, C'.
+        drop_rate: dropout between convolution and pool; while it is active they do not commute, and the
+            reference runs.
+
+    Shapes: [N, C, H, W] in any strides -> [N, C', H//2, W//2] in dense channels-last memory.
+    """
+
+    def forward(self, x: Tensor, stats: ChannelStats | None = None) -> Tensor:
+        """``stats``: the batch statistics of x where they are known already."""
+        backend = _fast_backend(self, x, self._obstacle)
+        if backend is None or self._drops() or not _same_dtype(x, self.conv.weight):
+            return super().forward(x)
+        norm = _norm_for(self.norm, x, stats, backend)
+        dtype = _conv_dtype(x, self.conv.weight)
+        return ops.transition(x, norm, self.conv.weight, dtype=dtype, backend=backend)
+
+    def _drops(self) -> bool:
+        return hasattr(self, "drop") and self.drop.training and self.drop.p > 0
+
+    def _obstacle(self) -> str | None:
+        parts = ["norm", "relu", "conv"] + (["drop"] if hasattr(self, "drop") else []) + ["pool"]
+        return _obstacle_in(self, parts)
+
+
+def stem_tail(norm: nn.Module, relu: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
+    """``pool(relu(norm(x)))`` in one pass where the three are a stem's, else one by one."""
+    backend = None if any(map(_unusual, (norm, relu, pool))) else _fast_backend(norm, x)
+    if backend is None:
+        return pool(relu(norm(x)))
+    return ops.stem_tail(x, _norm_for(norm, x, None, backend), backend=backend)
+
+
+def head(norm: nn.Module, x: Tensor, stats: ChannelStats | None) -> Tensor:
+    """norm, ReLU and global average pool of [N, C, H, W] in one pass where possible: [N, C]."""
+    backend = None if _unusual(norm) else _fast_backend(norm, x)
+    if backend is None:
+        return torch.flatten(F.adaptive_avg_pool2d(F.relu(norm(x), inplace=True), (1, 1)), 1)
+    return ops.head(x, _norm_for(norm, x, stats, backend), backend=backend)
+
+
+# -- what the modules share ----------------------------------------------------------------------------------
+
+
+def _fast_backend(module: nn.Module, x: Tensor, obstacle: Callable[[], str | None] = lambda: None) -> str | None:
+    """The backend for ``x``, or ``None`` where the reference must run: on request, or for a reason warned of."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
+        return None  # the reference knows what PyTorch does with these
+    backend = backends.select(x.device)
+    if backend == backends.REFERENCE:
+        return None
+    reason = obstacle()
+    if reason is None:
+        return backend
+    if not getattr(module, "_warned_of_fallback", False):
+        module._warned_of_fallback = True
+        message = f"{type(module).__name__} runs the reference implementation, without its savings: {reason}"
+        warnings.warn(message, FallbackWarning, stacklevel=3)
+    return None
+
+
+def hooked(module: nn.Module) -> str | None:
+    """What would be bypassed if the module's forward were not called through ``__call__``."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks):
+        return "it has hooks"
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
+    if module._compiled_call_impl is not None:
+        return "it is compiled by itself"
+    return None
+
+
+def _obstacle_in(module: nn.Module, parts: Sequence[str]) -> str | None:
+    """Why ``module`` is not exactly the stock modules ``parts`` one after the other, or ``None``."""
+    if list(module._modules) != list(parts):
+        return f"its children are {', '.join(module._modules)} instead of {', '.join(parts)}"
+    for name, child in module._modules.items():
+        reason = _unusual(child)
+        if reason:
+            return f"{name}: {reason}"
+    return None
+
+
+def _unusual(module: nn.Module) -> str | None:
+    """Why the ops would not reproduce a stock module of a DenseNet, or ``None``."""
+    kind = type(module)
+    if kind not in _STOCK:
+        return f"it is a {kind.__name__}"
+    for attribute, expected in _STOCK[kind].items():
+        value = getattr(module, attribute)
+        if value not in expected:
+            return f"its {attribute} is {value}"
+    if kind is nn.Conv2d and module.padding[0] != module.kernel_size[0] // 2:
+        return f"its padding is {module.padding}"
+    return hooked(module) or ("modules have global hooks" if _global_hooks() else None)
+
+
+_STOCK: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
+    nn.BatchNorm2d: {},
+    nn.ReLU: {},
+    nn.Dropout: {},
+    nn.Conv2d: dict(
+        kernel_size=((1, 1), (3, 3)),
+        stride=((1, 1),),
+        padding=((0, 0), (1, 1)),
+        dilation=((1, 1),),
+        groups=(1,),
+        bias=(None,),
+        padding_mode=("zeros",),
+    ),
+    nn.AvgPool2d: dict(
+        kernel_size=(2, (2, 2)), stride=(2, (2, 2)), padding=(0, (0, 0)), ceil_mode=(False,), divisor_override=(None,)
+    ),
+    nn.MaxPool2d: dict(
+        kernel_size=(3, (3, 3)),
+        stride=(2, (2, 2)),
+        padding=(1, (1, 1)),
+        dilation=(1, (1, 1)),
+        ceil_mode=(False,),
+        return_indices=(False,),
+    ),
+}
+"""The modules that the ops reproduce, with the settings they do it for."""
+
+
+def _global_hooks() -> bool:
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
+
+
+def _autocasts(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+
+
+def _conv_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """What a stock convolution of x computes in."""
+    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else weight.dtype
+
+
+def _same_dtype(x: Tensor, weight: Tensor) -> bool:
+    """Whether a stock convolution of x would run; where not, the reference raises PyTorch's error."""
+    return weight.dtype != torch.float64 if _autocasts(x) else x.dtype == weight.dtype
+
+
+def _dropout_mask(x: Tensor, conv: nn.Conv2d, drop_rate: float) -> Tensor:
+    """True where the reference, at the same state of the generator, would keep a value of conv's output."""
+    channels_last = any(t.stride(1) == 1 and t.stride(3) == t.shape[1] > 1 for t in (x, conv.weight))
+    ones = torch.ones(
+        (x.shape[0], conv.out_channels, *x.shape[2:]), dtype=_conv_dtype(x, conv.weight), device=x.device
+    ).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return F.dropout(ones, drop_rate, training=True) != 0
+
+
+def _uses_batch_stats(norm: nn.BatchNorm2d) -> bool:
+    return norm.training or norm.running_mean is None
+
+
+def _affine(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
+    if norm.weight is None:
+        return x.new_ones(norm.num_features), x.new_zeros(norm.num_features)
+    return norm.weight, norm.bias
+
+
+def _norm_lists(norms: list[nn.BatchNorm2d], x: Tensor) -> tuple[list[Tensor], ...]:
+    """Weights, biases, running means, running variances; the latter two empty where the batch's are used."""
+    unread = x.new_empty(0)
+    vectors = [
+        (*_affine(norm, x), *((unread, unread) if _uses_batch_stats(norm) else (norm.running_mean, norm.running_var)))
+        for norm in norms
+    ]
+    return tuple([list(column) for column in zip(*vectors, strict=True)]) if vectors else ([], [], [], [])
+
+
+def _norm_for(norm: nn.BatchNorm2d, x: Tensor, stats: ChannelStats | None, backend: str) -> Norm:
+    """The norm as an op takes it; its running statistics are updated if it is training."""
+    if not _uses_batch_stats(norm):
+        return Norm(*_affine(norm, x), norm.running_mean, norm.running_var, norm.eps, False)
+    _check_values_per_channel(x)
+    if stats is None:
+        stats = ops.channel_stats(x, backend=backend)
+    _update_running_stats([norm], [stats], x.shape[0] * x.shape[2] * x.shape[3])
+    return Norm(*_affine(norm, x), *stats, norm.eps, True)
+
+
+def _check_values_per_channel(x: Tensor) -> None:
+    if x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+
+
+@torch.no_grad()
+def _update_running_stats(norms: Sequence[nn.BatchNorm2d], stats: Sequence[ChannelStats], count: int) -> None:
+    """What each training BatchNorm does with the statistics of its batch of ``count`` values per channel.
+
+    Nothing when a checkpoint runs the forward again inside a backward: they were updated the first time.
+    """
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        return
+    tracking = [
+        (norm, batch)
+        for norm, batch in zip(norms, stats, strict=True)
+        if norm.training and norm.track_running_stats and norm.running_mean is not None
+    ]
+    if not tracking:
+        return
+    torch._foreach_add_([norm.num_batches_tracked for norm, _ in tracking], 1)
+    by_momentum = defaultdict(list)
+    for norm, batch in tracking:
+        by_momentum[norm.momentum].append((norm, batch))
+    for momentum, group in by_momentum.items():
+        running = [norm.running_mean for norm, _ in group] + [norm.running_var for norm, _ in group]
+        unbiased = torch._foreach_mul([batch.var for _, batch in group], count / (count - 1))
+        batch = [batch.mean for _, batch in group] + list(unbiased)
+        batch = [value.to(target.dtype) for value, target in zip(batch, running, strict=True)]
+        if momentum is None:  # the average of all batches so far
+            shares = [norm.num_batches_tracked.reciprocal() for norm, _ in group] * 2
+            for target, value, share in zip(running, batch, shares, strict=True):
+                target.lerp_(value, share.to(target.dtype))
+        else:
+            torch._foreach_lerp_(running, batch, momentum)

@@ -1,0 +1,483 @@
+"""The ops: schemas, checks, fakes, autograd. One functional op a block, transition, stem tail and head.
+
+Tensors in, fresh tensors out: nothing is mutated and no output aliases an input, so autograd, functionalisation
+and CUDA graphs see ordinary ops. The shared buffer is allocated and written inside, below their sight.
+Each op takes the name of its backend, so that a backward runs where its forward ran, and hands its arguments
+to the function of the same name in that backend (see :mod:`fastdense.kernels.contract`).
+
+Running statistics are not touched here: ``dense_block`` and ``channel_stats`` return the batch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .kernels.contract import (
+    ChannelStats,
+    DenseBlockNeeds,
+    DenseBlockOutput,
+    DenseLayers,
+    Norm,
+    accumulator_dtype,
+)
+
+_LIST_FIELDS = DenseLayers._fields[:12]  # Tensor[]
+_PLAIN_FIELDS = DenseLayers._fields[12:]
+_NUM_PARAMETER_LISTS = 6
+
+_LAYERS = ", ".join(f"Tensor[] {field}" for field in _LIST_FIELDS)
+_LAYER_OPTIONS = (
+    "bool[] norm1_batch_stats, float[] norm1_eps, bool[] norm2_batch_stats, float[] norm2_eps, float drop_rate"
+)
+_NORM = "Tensor norm_weight, Tensor norm_bias, Tensor norm_mean, Tensor norm_var"
+_NORM_OPTIONS = "float eps, bool batch_stats"
+
+_SCHEMAS = {
+    "channel_stats": "(Tensor x, *, str backend) -> (Tensor, Tensor)",
+    "dense_block": f"(Tensor x, {_LAYERS}, *, {_LAYER_OPTIONS}, ScalarType dtype, bool save_bottleneck, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "dense_block_backward": "(Tensor grad_out, Tensor out, Tensor bottleneck, Tensor mean, Tensor var,"
+    f" Tensor bottleneck_mean, Tensor bottleneck_var, {_LAYERS}, *, {_LAYER_OPTIONS}, ScalarType dtype,"
+    " ScalarType x_dtype, bool need_x, bool[] need_norm1, bool[] need_conv1, bool[] need_norm2, bool[] need_conv2,"
+    " str backend) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])",
+    "dense_block_inference": f"(Tensor x, {_LAYERS}, *, {_LAYER_OPTIONS}, ScalarType dtype, str backend) -> Tensor",
+    "transition": f"(Tensor x, {_NORM}, Tensor conv_weight, *, {_NORM_OPTIONS}, ScalarType dtype, str backend)"
+    " -> Tensor",
+    "transition_backward": f"(Tensor grad_out, Tensor x, {_NORM}, Tensor conv_weight, *, {_NORM_OPTIONS},"
+    " ScalarType dtype, bool need_weight, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "stem_tail": f"(Tensor x, {_NORM}, *, {_NORM_OPTIONS}, str backend) -> Tensor",
+    "stem_tail_backward": f"(Tensor grad_out, Tensor x, {_NORM}, *, {_NORM_OPTIONS}, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    "head": f"(Tensor x, {_NORM}, *, {_NORM_OPTIONS}, str backend) -> Tensor",
+    "head_backward": f"(Tensor grad_out, Tensor x, {_NORM}, *, {_NORM_OPTIONS}, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+}
+
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"fastdense::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+# -- what users of the ops call -----------------------------------------------------------------------------
+
+
+def channel_stats(x: Tensor, *, backend: str) -> ChannelStats:
+    """Mean and biased variance of each channel of [N, C, H, W], in the accumulator dtype; not differentiable."""
+    _check(x.dim() == 4, "channel_stats: x must be [N, C, H, W], got shape %s", x.shape)
+    return ChannelStats(*torch.ops.fastdense.channel_stats(x.detach(), backend=backend))
+
+
+def dense_block(
+    x: Tensor, layers: DenseLayers, *, dtype: torch.dtype, save_bottleneck: bool, backend: str
+) -> DenseBlockOutput:
+    """A dense block with the statistics its norms ask for; differentiable in x and the parameters.
+
+    ========= ============================ =============================================================
+    argument  shape                        dtype, layout
+    ========= ============================ =============================================================
+    x         [N, C_0, H, W]               floating point, any strides
+    layers    see ``DenseLayers``          convolution weights of any floating-point dtype
+    out       [N, C_0 + L*k, H, W]         the wider of x's and ``dtype``, dense channels-last
+    ========= ============================ =============================================================
+
+    Args:
+        dtype: what the convolutions compute in and the bottlenecks are stored in.
+        save_bottleneck: keep the bottlenecks for the backward; it recomputes them otherwise.
+        backend: a name from :func:`fastdense.backends.select`.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+
+    Source: DenseNet (arXiv 1608.06993), section 3; batch statistics per channel, not per norm.
+    """
+    _check_layers("dense_block", x, layers)
+    lists, options = layers[:12], dict(zip(_PLAIN_FIELDS, layers[12:], strict=True))
+    return DenseBlockOutput(
+        *torch.ops.fastdense.dense_block(
+            x, *lists, **options, dtype=dtype, save_bottleneck=save_bottleneck, backend=backend
+        )
+    )
+
+
+def dense_block_inference(x: Tensor, layers: DenseLayers, *, dtype: torch.dtype, backend: str) -> Tensor:
+    """A dense block whose norms all use running statistics, without autograd. Shapes as in :func:`dense_block`."""
+    _check_layers("dense_block_inference", x, layers)
+    uses_batch = any(layers.norm1_batch_stats) or any(layers.norm2_batch_stats)
+    _check(not uses_batch, "dense_block_inference: every norm must use running statistics")
+    lists, options = layers[:12], dict(zip(_PLAIN_FIELDS, layers[12:], strict=True))
+    return torch.ops.fastdense.dense_block_inference(x, *lists, **options, dtype=dtype, backend=backend)
+
+
+def transition(x: Tensor, norm: Norm, conv_weight: Tensor, *, dtype: torch.dtype, backend: str) -> Tensor:
+    """norm-ReLU-conv1x1-avgpool2x2, differentiable in x, the norm's weight and bias, and ``conv_weight``.
+
+    [N, C, H, W], [C', C, 1, 1] -> [N, C', H//2, W//2] of ``dtype``, dense channels-last.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or an image smaller than the pool.
+    """
+    _check_norm("transition", x, norm)
+    _check(
+        conv_weight.dim() == 4 and conv_weight.shape[1:] == (x.shape[1], 1, 1),
+        f"transition: conv_weight must be [C', {x.shape[1]}, 1, 1], got shape %s",
+        conv_weight.shape,
+    )
+    _check(x.shape[2] > 1 and x.shape[3] > 1, "transition: H and W must be at least 2, got shape %s", x.shape)
+    return torch.ops.fastdense.transition(
+        x, *norm[:4], conv_weight, eps=norm.eps, batch_stats=norm.batch_stats, dtype=dtype, backend=backend
+    )
+
+
+def stem_tail(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
+    """norm-ReLU-maxpool3x3/2, differentiable in x and the norm's weight and bias.
+
+    [N, C, H, W] -> [N, C, ceil(H/2), ceil(W/2)] of x's dtype, dense channels-last.
+    """
+    _check_norm("stem_tail", x, norm)
+    return torch.ops.fastdense.stem_tail(
+        x, *norm[:4], eps=norm.eps, batch_stats=norm.batch_stats, backend=backend
+    )
+
+
+def head(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
+    """norm-ReLU-global average pool, differentiable in x and the norm's weight and bias.
+
+    [N, C, H, W] -> [N, C] of x's dtype.
+    """
+    _check_norm("head", x, norm)
+    return torch.ops.fastdense.head(x, *norm[:4], eps=norm.eps, batch_stats=norm.batch_stats, backend=backend)
+
+
+def _check(condition: bool, message: str, *shapes: torch.Size) -> None:
+    if not condition:
+        raise ValueError(message % tuple(list(shape) for shape in shapes))
+
+
+def _check_norm(op: str, x: Tensor, norm: Norm) -> None:
+    _check(x.dim() == 4, f"{op}: x must be [N, C, H, W], got shape %s", x.shape)
+    for name, vector in zip(Norm._fields, norm[:4], strict=False):
+        _check(
+            vector.shape == (x.shape[1],),
+            f"{op}: norm {name} must be [{x.shape[1]}] like the channels of x %s, got shape %s",
+            x.shape,
+            vector.shape,
+        )
+
+
+def _check_layers(op: str, x: Tensor, layers: DenseLayers) -> None:
+    _check(x.dim() == 4, f"{op}: x must be [N, C, H, W], got shape %s", x.shape)
+    _check(layers.num_layers > 0, f"{op}: needs at least one layer")
+    k, width, channels = layers.growth_rate, layers.bottleneck_channels, x.shape[1]
+    for i in range(layers.num_layers):
+        first = (width, channels, 1, 1) if layers.has_bottleneck else (k, channels, 3, 3)
+        expected = [("norm1_weight", (channels,)), ("norm1_bias", (channels,)), ("conv1_weight", first)]
+        if layers.has_bottleneck:
+            expected += [("norm2_weight", (width,)), ("norm2_bias", (width,)), ("conv2_weight", (k, width, 3, 3))]
+        for field, shape in expected:
+            got = getattr(layers, field)[i].shape
+            _check(got == shape, f"{op}: layer {i}: {field} must be {list(shape)} for x %s, got %s", x.shape, got)
+        channels += k
+
+
+# -- implementations: hand over to the backend ---------------------------------------------------------------
+
+
+def _implement(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register ``function(kernels, first tensor, *rest)`` as the op, outside autocast: ops choose their dtypes."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(tensor: Tensor, *args: Any, backend: str, **kwargs: Any) -> Any:
+            kernels = backends.kernels(backend)
+            device = tensor.device.type
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return function(kernels, tensor, *args, **kwargs)
+            return function(kernels, tensor, *args, **kwargs)
+
+        torch.library.impl(f"fastdense::{name}", "default")(run)
+        return function
+
+    return register
+
+
+@_implement("channel_stats")
+def _channel_stats(kernels: Any, x: Tensor) -> Any:
+    return tuple(kernels.channel_stats(x))
+
+
+@_implement("dense_block")
+def _dense_block(
+    kernels: Any, x: Tensor, *lists: list[Tensor], dtype: torch.dtype, save_bottleneck: bool, **options: Any
+) -> Any:
+    return tuple(kernels.dense_block(x, DenseLayers(*lists, **options), dtype, save_bottleneck))
+
+
+@_implement("dense_block_inference")
+def _dense_block_inference(
+    kernels: Any, x: Tensor, *lists: list[Tensor], dtype: torch.dtype, **options: Any
+) -> Any:
+    return kernels.dense_block_inference(x, DenseLayers(*lists, **options), dtype)
+
+
+@_implement("dense_block_backward")
+def _dense_block_backward(
+    kernels: Any,
+    grad_out: Tensor,
+    *tensors: Any,
+    dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    need_x: bool,
+    need_norm1: list[bool],
+    need_conv1: list[bool],
+    need_norm2: list[bool],
+    need_conv2: list[bool],
+    **options: Any,
+) -> Any:
+    output, lists = DenseBlockOutput(*tensors[:6]), tensors[6:]
+    needs = DenseBlockNeeds(need_x, need_norm1, need_conv1, need_norm2, need_conv2)
+    return tuple(
+        kernels.dense_block_backward(grad_out, output, DenseLayers(*lists, **options), dtype, x_dtype, needs)
+    )
+
+
+@_implement("transition")
+def _transition(kernels: Any, x: Tensor, *args: Tensor, eps: float, batch_stats: bool, dtype: torch.dtype) -> Any:
+    *norm, conv_weight = args
+    return kernels.transition(x, Norm(*norm, eps, batch_stats), conv_weight, dtype)
+
+
+@_implement("transition_backward")
+def _transition_backward(
+    kernels: Any,
+    grad_out: Tensor,
+    x: Tensor,
+    *args: Tensor,
+    eps: float,
+    batch_stats: bool,
+    dtype: torch.dtype,
+    need_weight: bool,
+) -> Any:
+    *norm, conv_weight = args
+    norm_ = Norm(*norm, eps, batch_stats)
+    return tuple(kernels.transition_backward(grad_out, x, norm_, conv_weight, dtype, need_weight))
+
+
+@_implement("stem_tail")
+def _stem_tail(kernels: Any, x: Tensor, *norm: Tensor, eps: float, batch_stats: bool) -> Any:
+    return kernels.stem_tail(x, Norm(*norm, eps, batch_stats))
+
+
+@_implement("stem_tail_backward")
+def _stem_tail_backward(
+    kernels: Any, grad_out: Tensor, x: Tensor, *norm: Tensor, eps: float, batch_stats: bool
+) -> Any:
+    return tuple(kernels.stem_tail_backward(grad_out, x, Norm(*norm, eps, batch_stats)))
+
+
+@_implement("head")
+def _head(kernels: Any, x: Tensor, *norm: Tensor, eps: float, batch_stats: bool) -> Any:
+    return kernels.head(x, Norm(*norm, eps, batch_stats))
+
+
+@_implement("head_backward")
+def _head_backward(
+    kernels: Any, grad_out: Tensor, x: Tensor, *norm: Tensor, eps: float, batch_stats: bool
+) -> Any:
+    return tuple(kernels.head_backward(grad_out, x, Norm(*norm, eps, batch_stats)))
+
+
+# -- fakes: shapes, dtypes and strides without the values ----------------------------------------------------
+
+
+def _empty_channels_last(like: Tensor, n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
+    return like.new_empty((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
+
+
+@torch.library.register_fake("fastdense::channel_stats")
+def _(x: Tensor, *, backend: str) -> Any:
+    dtype = accumulator_dtype(x.dtype)
+    return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
+
+
+@torch.library.register_fake("fastdense::dense_block")
+def _(
+    x: Tensor, *lists: list[Tensor], dtype: torch.dtype, save_bottleneck: bool, backend: str, **options: Any
+) -> Any:
+    layers = DenseLayers(*lists, **options)
+    n, _, h, w = x.shape
+    store = torch.promote_types(x.dtype, dtype)
+    acc = accumulator_dtype(store)
+    hidden = (layers.num_layers, n * h * w, layers.bottleneck_channels)
+    kept = save_bottleneck and layers.has_bottleneck
+    return (
+        _empty_channels_last(x, n, layers.output_channels, h, w, store),
+        x.new_empty(hidden if kept else 0, dtype=dtype),
+        x.new_empty(layers.output_channels, dtype=acc),
+        x.new_empty(layers.output_channels, dtype=acc),
+        x.new_empty(hidden[::2], dtype=acc),
+        x.new_empty(hidden[::2], dtype=acc),
+    )
+
+
+@torch.library.register_fake("fastdense::dense_block_inference")
+def _(x: Tensor, *lists: list[Tensor], dtype: torch.dtype, backend: str, **options: Any) -> Any:
+    layers = DenseLayers(*lists, **options)
+    n, _, h, w = x.shape
+    return _empty_channels_last(x, n, layers.output_channels, h, w, torch.promote_types(x.dtype, dtype))
+
+
+@torch.library.register_fake("fastdense::dense_block_backward")
+def _(
+    grad_out: Tensor,
+    *tensors: Any,
+    dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    need_x: bool,
+    need_norm1: list[bool],
+    need_conv1: list[bool],
+    need_norm2: list[bool],
+    need_conv2: list[bool],
+    backend: str,
+    **options: Any,
+) -> Any:
+    layers = DenseLayers(*tensors[6:], **options)
+    needs = DenseBlockNeeds(need_x, need_norm1, need_conv1, need_norm2, need_conv2)
+    first = needs.first_layer()
+    n, _, h, w = grad_out.shape
+
+    def like(parameters: list[Tensor], needed: list[bool]) -> list[Tensor]:
+        return [
+            torch.empty_like(p, memory_format=torch.contiguous_format) if need else p.new_empty(0)
+            for p, need in zip(parameters, needed, strict=True)
+        ]
+
+    reached = [layer >= first for layer in range(layers.num_layers)]
+    reached2 = reached if layers.has_bottleneck else []
+    return (
+        _empty_channels_last(grad_out, n, layers.input_channels, h, w, x_dtype)
+        if need_x
+        else grad_out.new_empty(0, dtype=x_dtype),
+        like(layers.norm1_weight, reached),
+        like(layers.norm1_bias, reached),
+        like(layers.conv1_weight, [a and b for a, b in zip(need_conv1, reached, strict=True)]),
+        like(layers.norm2_weight, reached2),
+        like(layers.norm2_bias, reached2),
+        like(layers.conv2_weight, [a and b for a, b in zip(need_conv2, reached2, strict=True)]),
+    )
+
+
+@torch.library.register_fake("fastdense::transition")
+def _(x: Tensor, *args: Tensor, dtype: torch.dtype, **options: Any) -> Any:
+    n, _, h, w = x.shape
+    return _empty_channels_last(x, n, args[-1].shape[0], h // 2, w // 2, dtype)
+
+
+@torch.library.register_fake("fastdense::stem_tail")
+def _(x: Tensor, *norm: Tensor, **options: Any) -> Any:
+    n, c, h, w = x.shape
+    return _empty_channels_last(x, n, c, (h + 1) // 2, (w + 1) // 2, x.dtype)
+
+
+@torch.library.register_fake("fastdense::head")
+def _(x: Tensor, *norm: Tensor, **options: Any) -> Any:
+    return x.new_empty(x.shape[:2])
+
+
+def _fake_norm_grads(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_channels_last(x, *x.shape, x.dtype), torch.empty_like(weight), torch.empty_like(bias)
+
+
+@torch.library.register_fake("fastdense::transition_backward")
+def _(grad_out: Tensor, x: Tensor, *args: Tensor, need_weight: bool, **options: Any) -> Any:
+    weight = args[-1]
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0)
+    return (*_fake_norm_grads(x, args[0], args[1]), dweight)
+
+
+@torch.library.register_fake("fastdense::stem_tail_backward")
+@torch.library.register_fake("fastdense::head_backward")
+def _(grad_out: Tensor, x: Tensor, *norm: Tensor, **options: Any) -> Any:
+    return _fake_norm_grads(x, norm[0], norm[1])
+
+
+# -- autograd ------------------------------------------------------------------------------------------------
+
+
+def _dense_block_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+) -> None:
+    x, *lists = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.options = dict(keyword_only_inputs)
+    del ctx.options["save_bottleneck"]
+    ctx.x_dtype = x.dtype
+    ctx.lengths = [len(tensors) for tensors in lists]
+    ctx.save_for_backward(*output, *(tensor for tensors in lists for tensor in tensors))
+
+
+def _dense_block_gradient(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Any, ...]:
+    need_x, *need_lists = ctx.needs_input_grad
+    nothing = [[None] * length for length in ctx.lengths]
+    if grad_out is None:
+        return (None, *nothing)
+    saved = list(ctx.saved_tensors)
+    output, rest = saved[:6], iter(saved[6:])
+    lists = [[next(rest) for _ in range(length)] for length in ctx.lengths]
+    need = dict(zip(_LIST_FIELDS, need_lists, strict=True))
+    either = {
+        norm: [a or b for a, b in zip(need[f"{norm}_weight"], need[f"{norm}_bias"], strict=True)]
+        for norm in ("norm1", "norm2")
+    }
+    dx, *gradients = torch.ops.fastdense.dense_block_backward(
+        grad_out,
+        *output,
+        *lists,
+        **ctx.options,
+        x_dtype=ctx.x_dtype,
+        need_x=need_x,
+        need_norm1=either["norm1"],
+        need_conv1=list(need["conv1_weight"]),
+        need_norm2=either["norm2"],
+        need_conv2=list(need["conv2_weight"]),
+    )
+    by_field = dict(zip(_PARAMETER_FIELDS, gradients, strict=True))
+    for i, field in enumerate(_LIST_FIELDS):
+        if field in by_field:
+            nothing[i] = [g if needed else None for g, needed in zip(by_field[field], need[field], strict=True)]
+    return (dx if need_x else None, *nothing)
+
+
+_PARAMETER_FIELDS = ("norm1_weight", "norm1_bias", "conv1_weight", "norm2_weight", "norm2_bias", "conv2_weight")
+
+torch.library.register_autograd(
+    "fastdense::dense_block", _dense_block_gradient, setup_context=_dense_block_context
+)
+
+
+def _register_norm_autograd(name: str) -> None:
+    """Autograd of an op ``(x, norm_weight, norm_bias, norm_mean, norm_var[, conv_weight])`` with one output."""
+    backward_op = getattr(torch.ops.fastdense, f"{name}_backward")
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+        ctx.options = dict(keyword_only_inputs)
+        ctx.save_for_backward(*inputs)
+
+    def gradient(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad)
+        options = dict(ctx.options)
+        if len(needs) == 6:
+            options["need_weight"] = needs[5]
+        dx, dweight, dbias, *dconv = backward_op(grad_out, *ctx.saved_tensors, **options)
+        gradients = (dx, dweight, dbias, None, None, *dconv)
+        return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
+
+    torch.library.register_autograd(f"fastdense::{name}", gradient, setup_context=setup_context)
+
+
+for _name in ("transition", "stem_tail", "head"):
+    _register_norm_autograd(_name)

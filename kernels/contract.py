@@ -1,0 +1,197 @@
+"""What a backend computes: the functions, their tensors and layouts. ``fastdense.ops`` calls nothing else.
+
+Notation of one dense block, used throughout the package:
+
+====== ==========================================================================================
+N H W  images, rows, columns; ``M = N*H*W`` pixels
+C_0    channels of the block's input
+k      growth rate: channels that each of the L layers adds
+C_l    ``C_0 + l*k``: channels that layer l reads
+B      channels of a bottleneck (``bn_size * k``)
+X      the block's output, [N, C_L, H, W] in channels-last memory, so that its rows are pixels:
+       as [M, C_L], layer l reads the prefix ``X[:, :C_l]`` and writes ``X[:, C_l : C_l+k]``
+====== ==========================================================================================
+
+A backend is a module with the functions
+
+- ``channel_stats``
+- ``dense_block``, ``dense_block_backward``, ``dense_block_inference``
+- ``transition``, ``transition_backward``
+- ``stem_tail``, ``stem_tail_backward``
+- ``head``, ``head_backward``
+
+taking and returning the types below. Every function is pure: it returns fresh tensors and changes no
+argument. Statistics, their vectors and all accumulators are of ``accumulator_dtype``; statistics are
+those of the values as stored. What a forward returns for its backward has the layouts given here for
+every backend.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class ChannelStats(NamedTuple):
+    """Batch statistics of a tensor [N, C, H, W]: they belong to the channel, not to a BatchNorm."""
+
+    mean: Tensor  # [C]
+    var: Tensor  # [C], biased
+
+
+class Norm(NamedTuple):
+    """One BatchNorm and the statistics it normalises with: the batch's of its input, or its running ones."""
+
+    weight: Tensor  # [C]
+    bias: Tensor  # [C]
+    mean: Tensor  # [C]
+    var: Tensor  # [C], biased
+    eps: float
+    batch_stats: bool  # mean and var depend on the input, so the backward differentiates through them
+
+
+class DenseLayers(NamedTuple):
+    """The parameters of a block's L layers, one list entry a layer; the fields are the ops' arguments.
+
+    A layer is norm1-ReLU-conv1 (1x1) -norm2-ReLU-conv2 (3x3). Without bottlenecks conv1 is the 3x3, and
+    the fields of norm2, conv2 and ``bottleneck_mask`` are empty. The dropout masks are boolean, True where
+    a value is kept, and empty where there is no dropout; kept values are divided by ``1 - drop_rate``.
+    """
+
+    norm1_weight: list[Tensor]  # [C_l]
+    norm1_bias: list[Tensor]  # [C_l]
+    norm1_running_mean: list[Tensor]  # [C_l]; not read where the batch's are used
+    norm1_running_var: list[Tensor]  # [C_l]
+    conv1_weight: list[Tensor]  # [B, C_l, 1, 1], or [k, C_l, 3, 3] without bottlenecks
+    norm2_weight: list[Tensor]  # [B]
+    norm2_bias: list[Tensor]  # [B]
+    norm2_running_mean: list[Tensor]  # [B]
+    norm2_running_var: list[Tensor]  # [B]
+    conv2_weight: list[Tensor]  # [k, B, 3, 3]
+    bottleneck_mask: list[Tensor]  # [N, B, H, W]
+    growth_mask: list[Tensor]  # [N, k, H, W]
+    norm1_batch_stats: list[bool]
+    norm1_eps: list[float]
+    norm2_batch_stats: list[bool]
+    norm2_eps: list[float]
+    drop_rate: float
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.conv1_weight)
+
+    @property
+    def has_bottleneck(self) -> bool:
+        return bool(self.conv2_weight)
+
+    @property
+    def growth_weight(self) -> list[Tensor]:
+        """The 3x3 weights, whose outputs are the new channels."""
+        return self.conv2_weight if self.has_bottleneck else self.conv1_weight
+
+    @property
+    def input_channels(self) -> int:
+        return self.conv1_weight[0].shape[1]
+
+    @property
+    def growth_rate(self) -> int:
+        return self.growth_weight[0].shape[0]
+
+    @property
+    def bottleneck_channels(self) -> int:
+        return self.conv1_weight[0].shape[0] if self.has_bottleneck else 0
+
+    @property
+    def output_channels(self) -> int:
+        return self.input_channels + self.num_layers * self.growth_rate
+
+    def norm1(self, layer: int, batch: ChannelStats) -> Norm:
+        """norm1 of one layer; ``batch`` are the statistics of X, of which it takes its prefix."""
+        channels = self.conv1_weight[layer].shape[1]
+        use_batch = self.norm1_batch_stats[layer]
+        return Norm(
+            self.norm1_weight[layer],
+            self.norm1_bias[layer],
+            batch.mean[:channels] if use_batch else self.norm1_running_mean[layer],
+            batch.var[:channels] if use_batch else self.norm1_running_var[layer],
+            self.norm1_eps[layer],
+            use_batch,
+        )
+
+    def norm2(self, layer: int, batch: ChannelStats) -> Norm:
+        """norm2 of one layer; ``batch`` are the statistics of that layer's bottleneck."""
+        use_batch = self.norm2_batch_stats[layer]
+        return Norm(
+            self.norm2_weight[layer],
+            self.norm2_bias[layer],
+            batch.mean if use_batch else self.norm2_running_mean[layer],
+            batch.var if use_batch else self.norm2_running_var[layer],
+            self.norm2_eps[layer],
+            use_batch,
+        )
+
+
+class DenseBlockOutput(NamedTuple):
+    """What ``dense_block`` returns. Statistics are zero where no norm of the block needs them."""
+
+    out: Tensor  # X: [N, C_L, H, W], channels-last
+    bottleneck: Tensor  # h of every layer before norm2: [L, M, B]; [0] where it is not kept
+    mean: Tensor  # [C_L], of X
+    var: Tensor  # [C_L]
+    bottleneck_mean: Tensor  # [L, B]
+    bottleneck_var: Tensor  # [L, B]
+
+
+class DenseBlockNeeds(NamedTuple):
+    """Which gradients ``dense_block_backward`` must return; the others come back as empty tensors."""
+
+    x: bool
+    norm1: list[bool]  # of weight and bias
+    conv1: list[bool]
+    norm2: list[bool]
+    conv2: list[bool]
+
+    def first_layer(self) -> int:
+        """The lowest layer that must be reached for anything asked for: the backward stops below it."""
+        if self.x:
+            return 0
+        per_layer = list(zip(self.norm1, self.conv1, strict=True))
+        if self.norm2:
+            per_layer = [(*a, *b) for a, b in zip(per_layer, zip(self.norm2, self.conv2, strict=True), strict=True)]
+        return next((layer for layer, wanted in enumerate(per_layer) if any(wanted)), len(per_layer))
+
+
+class DenseBlockGrads(NamedTuple):
+    """Gradients of ``dense_block``, of the dtypes and shapes of what they belong to."""
+
+    x: Tensor
+    norm1_weight: list[Tensor]
+    norm1_bias: list[Tensor]
+    conv1_weight: list[Tensor]
+    norm2_weight: list[Tensor]
+    norm2_bias: list[Tensor]
+    conv2_weight: list[Tensor]
+
+
+class NormGrads(NamedTuple):
+    """Gradients of ``stem_tail`` and ``head``."""
+
+    x: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+
+class TransitionGrads(NamedTuple):
+    """Gradients of ``transition``."""
+
+    x: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    conv_weight: Tensor
