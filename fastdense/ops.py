@@ -138,9 +138,7 @@ def stem_tail(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
     [N, C, H, W] -> [N, C, ceil(H/2), ceil(W/2)] of x's dtype, dense channels-last.
     """
     _check_norm("stem_tail", x, norm)
-    return torch.ops.fastdense.stem_tail(
-        x, *norm[:4], eps=norm.eps, batch_stats=norm.batch_stats, backend=backend
-    )
+    return torch.ops.fastdense.stem_tail(x, *norm[:4], eps=norm.eps, batch_stats=norm.batch_stats, backend=backend)
 
 
 def head(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
@@ -217,9 +215,7 @@ def _dense_block(
 
 
 @_implement("dense_block_inference")
-def _dense_block_inference(
-    kernels: Any, x: Tensor, *lists: list[Tensor], dtype: torch.dtype, **options: Any
-) -> Any:
+def _dense_block_inference(kernels: Any, x: Tensor, *lists: list[Tensor], dtype: torch.dtype, **options: Any) -> Any:
     return kernels.dense_block_inference(x, DenseLayers(*lists, **options), dtype)
 
 
@@ -239,9 +235,7 @@ def _dense_block_backward(
 ) -> Any:
     output, lists = DenseBlockOutput(*tensors[:6]), tensors[6:]
     needs = DenseBlockNeeds(need_x, need_norm1, need_conv1, need_norm2, need_conv2)
-    return tuple(
-        kernels.dense_block_backward(grad_out, output, DenseLayers(*lists, **options), dtype, x_dtype, needs)
-    )
+    return tuple(kernels.dense_block_backward(grad_out, output, DenseLayers(*lists, **options), dtype, x_dtype, needs))
 
 
 @_implement("transition")
@@ -272,9 +266,7 @@ def _stem_tail(kernels: Any, x: Tensor, *norm: Tensor, eps: float, batch_stats: 
 
 
 @_implement("stem_tail_backward")
-def _stem_tail_backward(
-    kernels: Any, grad_out: Tensor, x: Tensor, *norm: Tensor, eps: float, batch_stats: bool
-) -> Any:
+def _stem_tail_backward(kernels: Any, grad_out: Tensor, x: Tensor, *norm: Tensor, eps: float, batch_stats: bool) -> Any:
     return tuple(kernels.stem_tail_backward(grad_out, x, Norm(*norm, eps, batch_stats)))
 
 
@@ -284,9 +276,7 @@ def _head(kernels: Any, x: Tensor, *norm: Tensor, eps: float, batch_stats: bool)
 
 
 @_implement("head_backward")
-def _head_backward(
-    kernels: Any, grad_out: Tensor, x: Tensor, *norm: Tensor, eps: float, batch_stats: bool
-) -> Any:
+def _head_backward(kernels: Any, grad_out: Tensor, x: Tensor, *norm: Tensor, eps: float, batch_stats: bool) -> Any:
     return tuple(kernels.head_backward(grad_out, x, Norm(*norm, eps, batch_stats)))
 
 
@@ -304,9 +294,7 @@ def _(x: Tensor, *, backend: str) -> Any:
 
 
 @torch.library.register_fake("fastdense::dense_block")
-def _(
-    x: Tensor, *lists: list[Tensor], dtype: torch.dtype, save_bottleneck: bool, backend: str, **options: Any
-) -> Any:
+def _(x: Tensor, *lists: list[Tensor], dtype: torch.dtype, save_bottleneck: bool, backend: str, **options: Any) -> Any:
     layers = DenseLayers(*lists, **options)
     n, _, h, w = x.shape
     store = torch.promote_types(x.dtype, dtype)
@@ -454,9 +442,7 @@ def _dense_block_gradient(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[
 
 _PARAMETER_FIELDS = ("norm1_weight", "norm1_bias", "conv1_weight", "norm2_weight", "norm2_bias", "conv2_weight")
 
-torch.library.register_autograd(
-    "fastdense::dense_block", _dense_block_gradient, setup_context=_dense_block_context
-)
+torch.library.register_autograd("fastdense::dense_block", _dense_block_gradient, setup_context=_dense_block_context)
 
 
 def _register_norm_autograd(name: str) -> None:

@@ -4,13 +4,17 @@ With ``xhat = (x - mean) * rstd`` and ``rstd = 1 / sqrt(var + eps)``::
 
     z  = relu(gamma * xhat + beta) = relu(scale * x + shift)
     da = dz * 1[z > 0]         s1 = sum(da) = dbeta          s2 = sum(da * xhat) = dgamma
-    dx = rstd * gamma * (da - (s1 + xhat * s2) / M)          (M -> infinity for running statistics)
+    dx = scale * da + p + q * (x - mean)        p = -scale * s1 / M        q = -scale * rstd * s2 / M
+
+where M counts the pixels; p = q = 0 for running statistics, which do not depend on x.
 
 Source: Ioffe and Szegedy 2015 (arXiv 1502.03167); merging of statistics: Chan et al. 1979.
-Tensors are [M, C] rows of pixels unless said otherwise; C may be a channel prefix of a wider buffer.
 """
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,19 +23,23 @@ from ..contract import ChannelStats, Norm, NormGrads, accumulator_dtype
 
 
 def rows(x: Tensor) -> Tensor:
-    """[N, C, H, W] in channels-last memory as [M, C], without a copy (an error where that is impossible)."""
-    n, c, h, w = x.shape
-    return x.permute(0, 2, 3, 1).view(n * h * w, c)
+    """[N, C, H, W] as [M, C]; without a copy where it lies in channels-last memory."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 def images(x: Tensor, n: int, h: int, w: int) -> Tensor:
-    """[M, C] as [N, C, H, W] in channels-last memory, without a copy."""
+    """Dense [M, C] as [N, C, H, W] in channels-last memory, without a copy."""
     return x.view(n, h, w, x.shape[1]).permute(0, 3, 1, 2)
 
 
 def channels_last(x: Tensor) -> Tensor:
     """[N, C, H, W] in dense channels-last memory; a copy only where it is not."""
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, but free where there is nothing to do: a pass has many small vectors."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -44,33 +52,49 @@ def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def affine(norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """scale [C] and shift [C] of a BatchNorm, computed and returned in ``dtype``."""
-    scale = norm.weight.to(dtype) * torch.rsqrt(norm.var.to(dtype) + norm.eps)
-    return scale, torch.addcmul(norm.bias.to(dtype), norm.mean.to(dtype), scale, value=-1)
+class Affine(NamedTuple):
+    """A BatchNorm with known statistics; all [C], of the accumulator dtype."""
+
+    scale: Tensor  # gamma * rstd
+    shift: Tensor  # beta - mean * scale
+    mean: Tensor
+    rstd: Tensor
 
 
-def affine_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def affine(norm: Norm, dtype: torch.dtype) -> Affine:
+    """The vectors of a BatchNorm, computed and returned in ``dtype``."""
+    mean, rstd = cast(norm.mean, dtype), torch.rsqrt(cast(norm.var, dtype) + norm.eps)
+    scale = cast(norm.weight, dtype) * rstd
+    return Affine(scale, torch.addcmul(cast(norm.bias, dtype), mean, scale, value=-1), mean, rstd)
+
+
+def affine_relu(x: Tensor, vectors: Affine) -> Tensor:
     """relu(scale * x + shift) of [M, C], in the dtype of the vectors. NaN propagates."""
-    return torch.addcmul(shift, x.to(scale.dtype), scale).relu_()
+    return torch.addcmul(vectors.shift, cast(x, vectors.scale.dtype), vectors.scale).relu_()
 
 
-def norm_relu(x: Tensor, norm: Norm) -> Tensor:
-    """BatchNorm and ReLU of [N, C, H, W], in the accumulator dtype and channels-last memory."""
-    n, _, h, w = x.shape
-    scale, shift = affine(norm, accumulator_dtype(x.dtype))
-    return images(affine_relu(rows(channels_last(x)), scale, shift), n, h, w)
+def _lanes(count: int) -> int:
+    """Into how many interleaved parts a sum over rows is cut: long float32 sums on CPUs lose digits."""
+    return math.gcd(count, 64)
+
+
+def _as_lanes(x: Tensor, lanes: int) -> Tensor:
+    """Dense [M, C] as one channels-last image whose channels are ``lanes`` interleaved parts of its rows."""
+    return x.view(-1, lanes * x.shape[1]).t()[None, :, :, None]
 
 
 def row_stats(x: Tensor) -> ChannelStats:
-    """Mean and biased variance of dense [M, C], in the accumulator dtype."""
-    image = x.to(accumulator_dtype(x.dtype)).t()[None, :, :, None]  # one channels-last image of M rows
-    return ChannelStats(*torch.batch_norm_update_stats(image, None, None, 0.0))
+    """Mean and biased variance over the rows of dense [M, C], in the accumulator dtype."""
+    count, channels = x.shape
+    lanes = _lanes(count)
+    x = cast(x, accumulator_dtype(x.dtype))
+    mean, var = torch.batch_norm_update_stats(_as_lanes(x, lanes), None, None, 0.0)
+    return _merged(mean.view(lanes, channels), var.view(lanes, channels), 1 / lanes)
 
 
 def channel_stats(x: Tensor) -> ChannelStats:
-    """Mean and biased variance of each channel of [N, C, H, W]."""
-    return row_stats(rows(channels_last(x)))
+    """Mean and biased variance of each channel of [N, C, H, W], in the accumulator dtype."""
+    return row_stats(rows(x).contiguous())
 
 
 def zero_stats(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> ChannelStats:
@@ -83,42 +107,70 @@ def merge_stats(parts: list[ChannelStats], counts: list[int]) -> ChannelStats:
     """Statistics of the whole from those of its parts, in the order given (Chan's formula)."""
     if len(parts) == 1:
         return parts[0]
-    means = torch.stack([part.mean for part in parts])  # [parts, C]
-    variances = torch.stack([part.var for part in parts])
+    means, variances = (torch.stack(vectors) for vectors in zip(*parts, strict=True))  # [parts, C]
     share = torch.tensor(counts, dtype=means.dtype, device=means.device).div_(sum(counts)).unsqueeze_(1)
+    return _merged(means, variances, share)
+
+
+def _merged(means: Tensor, variances: Tensor, share: Tensor | float) -> ChannelStats:
+    """Of parts [parts, C] that hold ``share`` of the whole each."""
     mean = (means * share).sum(0)
     return ChannelStats(mean, ((variances + (means - mean).square_()) * share).sum(0))
 
 
-def norm_sums(da: Tensor, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """Over the rows: s1 = sum(da) [C], and sum(da * (x - mean)) = s2 / rstd [C]."""
-    return da.sum(0), (x.to(da.dtype) - norm.mean.to(da.dtype)).mul_(da).sum(0)
+def mask_by_relu_(dz: Tensor, z: Tensor) -> Tensor:
+    """da = dz * 1[z > 0], in place."""
+    return torch.ops.aten.threshold_backward.grad_input(dz, z, 0, grad_input=dz)
 
 
-def norm_gradients(sums: tuple[Tensor, Tensor], norm: Norm, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dgamma, dbeta, and what flows to the input through the batch statistics as ``-p - q * (x - mean)``.
+def norm_sums(da: Tensor, x: Tensor, vectors: Affine) -> tuple[Tensor, Tensor]:
+    """s1 = sum(da) [C] and s2 = sum(da * xhat) [C] over the rows of dense [M, C], both of the accumulator dtype."""
+    count, channels = da.shape
+    lanes = _lanes(count)
+    mean, rstd = vectors.mean.repeat(lanes), vectors.rstd.repeat(lanes)
+    _, s2, s1 = torch.ops.aten.native_batch_norm_backward(
+        _as_lanes(da, lanes), _as_lanes(x, lanes), rstd, None, None, mean, rstd, True, 0.0, [False, True, True]
+    )
+    return s1.view(lanes, channels).sum(0), s2.view(lanes, channels).sum(0)
 
-    From the two sums over ``count`` rows; all [C]. p and q are zero where the statistics are running ones.
-    For norms that share their batch statistics they add up, so that one correction serves all of them.
+
+class Correction(NamedTuple):
+    """What flows to the input of a norm through its batch statistics: ``p + q * (x - mean)``, all [C].
+
+    Norms that share their statistics add up their p and q, so that one correction serves all of them.
     """
-    s1, centred = sums
-    rstd = torch.rsqrt(norm.var.to(s1.dtype) + norm.eps)
-    through_stats = norm.weight.to(s1.dtype) * rstd * (norm.batch_stats / count)
-    p, q = through_stats * s1, through_stats * rstd.square() * centred
-    return (centred * rstd).to(norm.weight.dtype), s1.to(norm.bias.dtype), p, q
+
+    mean: Tensor
+    p: Tensor
+    q: Tensor
 
 
-def corrected(raw: Tensor, x: Tensor, mean: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """raw - p - q * (x - mean), in the dtype of ``raw``."""
-    return torch.addcmul(raw, x.to(raw.dtype) - mean.to(raw.dtype), q, value=-1).sub_(p)
+def correction(s1: Tensor, s2: Tensor, vectors: Affine, count: int) -> Correction:
+    """Of a norm that uses the statistics of its batch of ``count`` pixels."""
+    share = vectors.scale * (-1 / count)
+    return Correction(vectors.mean, share * s1, share.mul_(vectors.rstd).mul_(s2))
+
+
+def input_gradient(da: Tensor, scale: Tensor, x: Tensor, through: Correction | None) -> Tensor:
+    """scale * da + p + q * (x - mean) of [M, C], of da's dtype; ``None`` for running statistics."""
+    if through is None:
+        return da * scale
+    centred = cast(x, da.dtype) - through.mean
+    return torch.addcmul(through.p, centred, through.q, out=centred).addcmul_(da, scale)
+
+
+def norm_relu(x: Tensor, norm: Norm) -> Tensor:
+    """BatchNorm and ReLU of [N, C, H, W], in the accumulator dtype and channels-last memory."""
+    n, _, h, w = x.shape
+    return images(affine_relu(rows(x), affine(norm, accumulator_dtype(x.dtype))), n, h, w)
 
 
 def norm_relu_backward(dz: Tensor, z: Tensor, x: Tensor, norm: Norm) -> NormGrads:
-    """Gradient of ``z = relu(norm(x))``, all [N, C, H, W]; dx of x's dtype, in channels-last memory."""
+    """Gradient of ``z = relu(norm(x))``, all [N, C, H, W]; overwrites dz; dx of x's dtype, in channels-last memory."""
     n, _, h, w = x.shape
-    da = rows(channels_last(torch.ops.aten.threshold_backward(dz, z, 0)))
-    x_rows = rows(channels_last(x))
-    dweight, dbias, p, q = norm_gradients(norm_sums(da, x_rows, norm), norm, len(x_rows))
-    scale, _ = affine(norm, da.dtype)
-    dx = corrected(da.mul_(scale), x_rows, norm.mean, p, q).to(x.dtype)
-    return NormGrads(images(dx, n, h, w), dweight, dbias)
+    vectors = affine(norm, z.dtype)
+    da, x_rows = rows(mask_by_relu_(channels_last(dz), z)), rows(cast(x, z.dtype)).contiguous()
+    s1, s2 = norm_sums(da, x_rows, vectors)
+    through = correction(s1, s2, vectors, len(x_rows)) if norm.batch_stats else None
+    dx = input_gradient(da, vectors.scale, x_rows, through)
+    return NormGrads(images(cast(dx, x.dtype), n, h, w), cast(s2, norm.weight.dtype), cast(s1, norm.bias.dtype))

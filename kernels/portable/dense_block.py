@@ -10,9 +10,9 @@ Layer l of the block, on rows of X (see :mod:`fastdense.kernels.contract` for th
 Batch statistics belong to channels: each is computed once, when the channel is written, and every later
 norm1 reads it. In backward the gradient of X is gathered raw, layers last to first,
 
-    G[:, c] += rstd * gamma1 * da        P_c += rstd * gamma1 * s1 / M        Q_c += rstd^2 * gamma1 * s2 / M
+    G[:, :C_l] += scale1 * da        P[:C_l] -= scale1 * s1 / M        Q[:C_l] -= scale1 * rstd1 * s2 / M
 
-and the true gradient ``G - P - Q * (x - mean)`` is formed only for channels about to be consumed: the k
+and the true gradient ``G + P + Q * (x - mean)`` is formed only for channels about to be consumed: the k
 channels of layer l when its own backward begins, the block's input at the end.
 
 The work is cut into chunks of whole images so that what a pass makes is still in cache in the next.
@@ -20,6 +20,7 @@ The work is cut into chunks of whole images so that what a pass makes is still i
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -35,14 +36,17 @@ from ..contract import (
     accumulator_dtype,
 )
 from .batch_norm import (
+    Correction,
     affine,
     affine_relu,
-    channels_last,
-    corrected,
+    cast,
+    channel_stats,
+    correction,
     gemm_dtype,
     images,
+    input_gradient,
+    mask_by_relu_,
     merge_stats,
-    norm_gradients,
     norm_sums,
     row_stats,
     rows,
@@ -53,88 +57,84 @@ _CHUNK_BYTES = 4 << 20  # of a chunk's widest float32 temporary, on CPUs
 
 
 class _Chunk(NamedTuple):
-    """Whole images of the batch: their rows, and their shape."""
+    """Whole images of the batch: which, their rows in [M, C], and their shape."""
 
+    images: slice
     rows: slice
-    n: int
-    h: int
-    w: int
+    shape: tuple[int, int, int]  # n, h, w
 
 
 def _chunks(n: int, h: int, w: int, channels: int, device: torch.device) -> list[_Chunk]:
-    per_chunk = max(1, _CHUNK_BYTES // (4 * h * w * channels)) if device.type == "cpu" else n
-    sizes = [min(per_chunk, n - start) for start in range(0, n, per_chunk)]
-    return [_Chunk(slice(i * per_chunk * h * w, (i * per_chunk + size) * h * w), size, h, w) for i, size in enumerate(sizes)]
+    size = max(1, _CHUNK_BYTES // (4 * h * w * channels)) if device.type == "cpu" else n
+    bounds = [(start, min(start + size, n)) for start in range(0, n, size)]
+    return [_Chunk(slice(a, b), slice(a * h * w, b * h * w), (b - a, h, w)) for a, b in bounds]
 
 
 class _NormReluConv:
     """Half a layer, ``conv(relu(norm(source)))`` with 1x1 or padded 3x3, over the rows of a source [M, C]."""
 
     def __init__(self, norm: Norm, weight: Tensor, mask: Tensor | None, drop_rate: float, dtype: torch.dtype):
-        self.norm = norm
         self.acc = accumulator_dtype(dtype)
-        self.scale, self.shift = affine(norm, self.acc)
+        self.vectors = affine(norm, self.acc)
+        self.batch_stats = norm.batch_stats
         self.dtype, self.compute = dtype, gemm_dtype(dtype, weight.device)
-        self.weight = weight.to(self.compute)
-        self.pointwise = weight.shape[-1] == 1
-        self.mask = None if mask is None else rows(channels_last(mask))
+        self.weight = cast(weight, self.compute)
+        self.padding = weight.shape[-1] // 2
+        self.mask = mask
         self.keep_scale = 0.0 if drop_rate == 1 else 1 / (1 - drop_rate)
 
     def forward(self, source: Tensor, out: Tensor, chunks: list[_Chunk], want_stats: bool) -> ChannelStats | None:
         """Fill ``out`` [M, K] chunk by chunk; the statistics of what was stored, if wanted."""
         parts = []
         for chunk in chunks:
-            z = affine_relu(source[chunk.rows], self.scale, self.shift).to(self.compute)
-            y = self._conv(z, chunk).to(self.dtype)
+            z = cast(affine_relu(source[chunk.rows], self.vectors), self.compute)
+            y = cast(torch.conv2d(images(z, *chunk.shape), self.weight, padding=self.padding), self.dtype)
             self._drop(y, chunk)
-            out[chunk.rows] = y
+            y_rows = rows(y)
+            out[chunk.rows] = y_rows
             if want_stats:
-                parts.append(row_stats(y))
-        return merge_stats(parts, [chunk.n for chunk in chunks]) if want_stats else None
+                parts.append(row_stats(y_rows))
+        return merge_stats(parts, [chunk.shape[0] for chunk in chunks]) if want_stats else None
 
     def backward(
-        self, dy: Tensor, source: Tensor, raw: Tensor, chunks: list[_Chunk], need_weight: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Add ``scale * da`` to ``raw`` [M, C]; return the weight's gradient and the norm's two sums.
+        self, dys: Iterable[Tensor], source: Tensor, chunks: list[_Chunk], need_weight: bool
+    ) -> Iterator[Tensor]:
+        """Yield each chunk's ``da`` [rows, C] from its gradient ``dy`` [rows, K] of the output.
 
-        ``dy`` [M, K] is the gradient of the convolution's output after dropout, in the accumulator dtype.
+        When all are consumed, ``dweight`` is the weight's gradient, ``s1`` and ``s2`` are the norm's sums.
         """
-        dweight = torch.zeros_like(self.weight, dtype=self.acc) if need_weight else self.weight.new_empty(0)
-        sums = None
-        for chunk in chunks:
-            x, dy_chunk = source[chunk.rows], dy[chunk.rows]
-            self._drop(dy_chunk, chunk)
-            z = affine_relu(x, self.scale, self.shift)
-            dz, dw = self._conv_backward(dy_chunk.to(self.compute), z.to(self.compute), chunk, need_weight)
-            if need_weight:
-                dweight += dw
-            da = torch.ops.aten.threshold_backward(dz.to(self.acc), z, 0)
-            raw[chunk.rows].addcmul_(da, self.scale)
-            partial = norm_sums(da, x, self.norm)
-            sums = partial if sums is None else (sums[0] + partial[0], sums[1] + partial[1])
-        return dweight, sums
+        sums: tuple[Tensor, ...] | None = None
+        for chunk, dy in zip(chunks, dys, strict=True):
+            x = cast(source[chunk.rows], self.acc).contiguous()
+            z = affine_relu(x, self.vectors)
+            dy = images(dy, *chunk.shape)
+            self._drop(dy, chunk)
+            dz, dweight = self._conv_backward(cast(dy, self.compute), cast(z, self.compute), chunk, need_weight)
+            da = mask_by_relu_(cast(dz, self.acc), z)
+            s1, s2 = norm_sums(da, x, self.vectors)
+            sums = (dweight, s1, s2) if sums is None else tuple(map(torch.add, sums, (dweight, s1, s2)))
+            self.dweight, self.s1, self.s2 = sums
+            yield da
 
-    def _conv(self, z: Tensor, chunk: _Chunk) -> Tensor:
-        if self.pointwise:
-            return z @ self.weight.flatten(1).t()
-        return rows(channels_last(torch.conv2d(images(z, *chunk[1:]), self.weight, padding=1)))
+    def correction(self, count: int) -> Correction | None:
+        """After :meth:`backward`: what flows to the source through the norm's batch statistics."""
+        return correction(self.s1, self.s2, self.vectors, count) if self.batch_stats else None
 
-    def _conv_backward(
-        self, dy: Tensor, z: Tensor, chunk: _Chunk, need_weight: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        if self.pointwise:
-            dweight = (dy.t() @ z).view_as(self.weight) if need_weight else None
-            return dy @ self.weight.flatten(1), dweight
-        dy, z = images(dy, *chunk[1:]), images(z, *chunk[1:])
-        stride, padding, dilation = [1, 1], [1, 1], [1, 1]
-        dz, dweight, _ = torch.ops.aten.convolution_backward(
-            dy, z, self.weight, None, stride, padding, dilation, False, [0, 0], 1, [True, need_weight, False]
-        )
-        return rows(channels_last(dz)), dweight
+    def _conv_backward(self, dy: Tensor, z: Tensor, chunk: _Chunk, need_weight: bool) -> tuple[Tensor, Tensor]:
+        """dz [rows, C] and the weight's gradient, from dy [n, K, h, w] and z [rows, C]."""
+        if self.padding:
+            dz, dweight, _ = torch.ops.aten.convolution_backward(
+                dy, images(z, *chunk.shape), self.weight, None,
+                [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, need_weight, False],
+            )  # fmt: skip
+            return rows(dz), dweight if need_weight else self.weight.new_empty(0)
+        dy, weight = rows(dy), self.weight.flatten(1)  # two matrix products are quicker for 1x1
+        dweight = (dy.t() @ z).view(self.weight.shape) if need_weight else self.weight.new_empty(0)
+        return dy @ weight, dweight
 
     def _drop(self, y: Tensor, chunk: _Chunk) -> None:
         if self.mask is not None:
-            y.mul_(self.mask[chunk.rows]).mul_(self.keep_scale)
+            y.mul_(self.mask[chunk.images]).mul_(self.keep_scale)
 
 
 class _Block:
@@ -166,10 +166,9 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
     kept = layers.num_layers if save_bottleneck else 1
     bottleneck = torch.empty((kept, len(shared), layers.bottleneck_channels), dtype=dtype, device=x.device)
 
-    x_rows = rows(channels_last(x))
-    shared[:, :c0] = x_rows
+    shared[:, :c0] = rows(x)
     if share_stats:
-        _store(stats, slice(0, c0), row_stats(x_rows))
+        _store(stats, slice(0, c0), channel_stats(x))
     for layer in range(layers.num_layers):
         channels = c0 + layer * layers.growth_rate
         chunks = _chunks(n, h, w, channels, x.device)
@@ -198,24 +197,23 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) ->
     norm1 = [affine(layers.norm1(layer, unread), acc) for layer in range(layers.num_layers)]
     conv1 = []
     if layers.has_bottleneck:
-        for layer in range(layers.num_layers):
-            scale, shift = affine(layers.norm2(layer, unread), acc)
-            folded = layers.conv1_weight[layer].flatten(1).to(acc) * scale[:, None]
-            conv1.append((shift.to(compute), folded.t().to(compute)))
-    growth = [weight.to(compute) for weight in layers.growth_weight]
+        for layer, weight in enumerate(layers.conv1_weight):
+            norm2 = affine(layers.norm2(layer, unread), acc)
+            folded = cast(weight, acc) * norm2.scale[:, None, None, None]
+            conv1.append((cast(folded, compute), cast(norm2.shift, compute)))
+    growth = [cast(weight, compute) for weight in layers.growth_weight]
 
     shared = torch.empty((n * h * w, layers.output_channels), dtype=store, device=x.device)
-    x_rows = rows(channels_last(x))
+    shared[:, :c0] = rows(x)
     for chunk in _chunks(n, h, w, layers.output_channels, x.device):  # through every layer while in cache
-        shared_chunk = shared[chunk.rows]
-        shared_chunk[:, :c0] = x_rows[chunk.rows]
+        part = shared[chunk.rows]
         for layer, weight in enumerate(growth):
             channels = c0 + layer * layers.growth_rate
-            z = affine_relu(shared_chunk[:, :channels], *norm1[layer]).to(compute)
+            z = images(cast(affine_relu(part[:, :channels], norm1[layer]), compute), *chunk.shape)
             if layers.has_bottleneck:
-                z = torch.addmm(conv1[layer][0], z, conv1[layer][1]).relu_()
-            y = torch.conv2d(images(z, *chunk[1:]), weight, padding=1).to(dtype)
-            shared_chunk[:, channels : channels + layers.growth_rate] = rows(channels_last(y))
+                z = torch.conv2d(z, *conv1[layer]).relu_()
+            y = cast(torch.conv2d(z, weight, padding=1), dtype)
+            part[:, channels : channels + layers.growth_rate] = rows(y)
     return images(shared, n, h, w)
 
 
@@ -237,41 +235,56 @@ def dense_block_backward(
     bottleneck_stats = ChannelStats(output.bottleneck_mean, output.bottleneck_var)
     grad = torch.empty((n, h, w, channels), dtype=acc, device=device).copy_(grad_out.permute(0, 2, 3, 1))
     grad = grad.view(count, channels)  # G, raw
-    p, q = torch.zeros_like(stats.mean), torch.zeros_like(stats.mean)
+    through = Correction(stats.mean, torch.zeros_like(stats.mean), torch.zeros_like(stats.mean))  # P and Q
+    one = torch.ones((), dtype=acc, device=device)
     grads = _empty_grads(layers, shared)
+
+    def true_gradients(channels: slice, chunks: list[_Chunk]) -> Iterator[Tensor]:
+        """G + P + Q * (x - mean) of some channels, chunk by chunk."""
+        part = Correction(*(vector[channels] for vector in through)) if any(layers.norm1_batch_stats) else None
+        for chunk in chunks:
+            yield input_gradient(grad[chunk.rows, channels], one, shared[chunk.rows, channels], part)
 
     for layer in reversed(range(needs.first_layer(), layers.num_layers)):
         channels -= layers.growth_rate
         chunks = _chunks(n, h, w, channels, device)
-        new = slice(channels, channels + layers.growth_rate)
         source, norm1 = shared[:, :channels], layers.norm1(layer, stats)
-        dy = corrected(grad[:, new], shared[:, new], stats.mean[new], p[new], q[new])
-
+        dys = true_gradients(slice(channels, channels + layers.growth_rate), chunks)
         if layers.has_bottleneck:
+            first = block.bottleneck(layer, norm1)
             if output.bottleneck.numel():
                 hidden = output.bottleneck[layer]
             else:
                 hidden = torch.empty((count, layers.bottleneck_channels), dtype=dtype, device=device)
-                block.bottleneck(layer, norm1).forward(source, hidden, chunks, want_stats=False)
-            norm2 = layers.norm2(layer, _at(bottleneck_stats, layer))
-            dh = torch.zeros_like(hidden, dtype=acc)
-            dconv2, sums = block.growth(layer, norm2).backward(dy, hidden, dh, chunks, needs.conv2[layer])
-            grads.conv2_weight[layer] = dconv2.to(layers.conv2_weight[layer].dtype)
-            grads.norm2_weight[layer], grads.norm2_bias[layer], p2, q2 = norm_gradients(sums, norm2, count)
-            dy = corrected(dh, hidden, norm2.mean, p2, q2)
+                first.forward(source, hidden, chunks, want_stats=False)
+            second = block.growth(layer, layers.norm2(layer, _at(bottleneck_stats, layer)))
+            das = list(second.backward(dys, hidden, chunks, needs.conv2[layer]))
+            second_through = second.correction(count)
+            dys = (
+                input_gradient(da, second.vectors.scale, hidden[chunk.rows], second_through)
+                for chunk, da in zip(chunks, das, strict=True)
+            )
+            grads.norm2_weight[layer] = cast(second.s2, layers.norm2_weight[layer].dtype)
+            grads.norm2_bias[layer] = cast(second.s1, layers.norm2_bias[layer].dtype)
+            grads.conv2_weight[layer] = cast(second.dweight, layers.conv2_weight[layer].dtype)
+        else:
+            first = block.growth(layer, norm1)
 
-        first = block.bottleneck(layer, norm1) if layers.has_bottleneck else block.growth(layer, norm1)
-        dconv1, sums = first.backward(dy, source, grad[:, :channels], chunks, needs.conv1[layer])
-        grads.conv1_weight[layer] = dconv1.to(layers.conv1_weight[layer].dtype)
-        grads.norm1_weight[layer], grads.norm1_bias[layer], p1, q1 = norm_gradients(sums, norm1, count)
-        p[:channels] += p1
-        q[:channels] += q1
+        for chunk, da in zip(chunks, first.backward(dys, source, chunks, needs.conv1[layer]), strict=True):
+            grad[chunk.rows, :channels].addcmul_(da, first.vectors.scale)
+        first_through = first.correction(count)
+        if first_through is not None:
+            through.p[:channels] += first_through.p
+            through.q[:channels] += first_through.q
+        grads.norm1_weight[layer] = cast(first.s2, layers.norm1_weight[layer].dtype)
+        grads.norm1_bias[layer] = cast(first.s1, layers.norm1_bias[layer].dtype)
+        grads.conv1_weight[layer] = cast(first.dweight, layers.conv1_weight[layer].dtype)
 
     if not needs.x:
         return grads
-    c0 = slice(0, layers.input_channels)
-    dx = corrected(grad[:, c0], shared[:, c0], stats.mean[c0], p[c0], q[c0]).to(x_dtype)
-    return grads._replace(x=images(dx, n, h, w))
+    whole = [_Chunk(slice(0, n), slice(0, count), (n, h, w))]
+    (dx,) = true_gradients(slice(0, layers.input_channels), whole)
+    return grads._replace(x=images(cast(dx, x_dtype), n, h, w))
 
 
 def _store(stats: ChannelStats, where: slice | int, values: ChannelStats | None) -> None:

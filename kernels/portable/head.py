@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..contract import Norm, NormGrads
@@ -20,5 +21,5 @@ def head(x: Tensor, norm: Norm) -> Tensor:
 
 def head_backward(grad_out: Tensor, x: Tensor, norm: Norm) -> NormGrads:
     z = norm_relu(x, norm)
-    dz = grad_out.to(z.dtype).div(x.shape[2] * x.shape[3])[:, :, None, None].expand_as(z)
+    dz = torch.empty_like(z).copy_(grad_out[:, :, None, None]).div_(x.shape[2] * x.shape[3])
     return norm_relu_backward(dz, z, x, norm)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..contract import Norm, TransitionGrads
-from .batch_norm import channels_last, gemm_dtype, images, norm_relu, norm_relu_backward, rows
+from .batch_norm import gemm_dtype, images, norm_relu, norm_relu_backward, rows
 
 
 def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """[N, C, H, W], [C', C, 1, 1] -> [N, C', H//2, W//2] of ``dtype``, channels-last."""
-    pooled = _pool(norm_relu(x, norm))
+    pooled = torch.nn.functional.avg_pool2d(norm_relu(x, norm), 2)
     n, _, h, w = pooled.shape
     compute = gemm_dtype(dtype, x.device)
     return images((rows(pooled).to(compute) @ weight.flatten(1).t().to(compute)).to(dtype), n, h, w)
@@ -29,17 +29,13 @@ def transition_backward(
     grad_out: Tensor, x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype, need_weight: bool
 ) -> TransitionGrads:
     compute = gemm_dtype(dtype, x.device)
-    dout = rows(channels_last(grad_out)).to(compute)  # [M/4, C']
+    dout = rows(grad_out).to(compute)  # [M/4, C']
     z = norm_relu(x, norm)
     if need_weight:
-        pooled = rows(_pool(z)).to(compute)  # [M/4, C]
+        pooled = rows(torch.nn.functional.avg_pool2d(z, 2)).to(compute)  # [M/4, C]
         dweight = (dout.t() @ pooled).to(weight.dtype).view_as(weight)
     else:
         dweight = weight.new_empty(0)
     dpooled = images((dout @ weight.flatten(1).to(compute)).to(z.dtype), x.shape[0], x.shape[2] // 2, x.shape[3] // 2)
     dz = torch.ops.aten.avg_pool2d_backward(dpooled, z, [2, 2], [2, 2], [0, 0], False, True, None)
     return TransitionGrads(*norm_relu_backward(dz, z, x, norm), dweight)
-
-
-def _pool(z: Tensor) -> Tensor:
-    return channels_last(torch.nn.functional.avg_pool2d(z, 2))

@@ -1,0 +1,38 @@
+# Two commands do everything on a fresh machine: `make bench` and `make test`. Both make .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install bench plots test lint format clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED)  ## make the environment
+
+$(INSTALLED): pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -e '.[dev]'
+	touch $@
+
+bench: $(INSTALLED)  ## fast against naive: parity, speed, memory, plots (about five minutes)
+	$(BIN)/fastdense bench
+
+plots: $(INSTALLED)  ## draw the plots again from the saved results
+	$(BIN)/python -m fastdense.benchmarks.plots
+
+test: $(INSTALLED)  ## everything that can run on this machine
+	$(BIN)/pytest
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## let ruff rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and everything made
+	rm -rf $(VENV) build dist *.egg-info out

@@ -1,0 +1,169 @@
+"""How equal fast must be to naive: the one table of budgets, and how errors are measured against it.
+
+Both are compared with the same network in float64. A tensor passes if its error is at most twice that of stock
+PyTorch in the same dtype, plus one rounding of that dtype: being as good as PyTorch is the claim, and a fixed
+tolerance would be loose for one tensor and unfair for the next.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Largest error of the fast implementation: ``factor * stock's error + floor``, relative to float64."""
+
+    factor: float
+    floor: float
+
+    def allows(self, stock_error: float) -> float:
+        return self.factor * stock_error + self.floor
+
+
+BUDGETS: dict[torch.dtype, Budget] = {
+    torch.float64: Budget(factor=2, floor=1e-12),
+    torch.float32: Budget(factor=2, floor=torch.finfo(torch.float32).eps),
+    torch.float16: Budget(factor=2, floor=torch.finfo(torch.float16).eps / 2),
+    torch.bfloat16: Budget(factor=2, floor=torch.finfo(torch.bfloat16).eps / 2),
+}
+"""By the dtype that the convolutions compute in."""
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """``|actual - exact| / |exact|`` in the Euclidean norm; the absolute error where ``exact`` is zero.
+
+    Infinite where NaN or infinity stand at different places.
+    """
+    actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()
+    if actual.shape != exact.shape:
+        raise ValueError(f"shapes differ: {list(actual.shape)} and {list(exact.shape)}")
+    finite = exact.isfinite()
+    if not torch.equal(actual[~finite].nan_to_num(), exact[~finite].nan_to_num()):
+        return math.inf
+    error = torch.linalg.vector_norm((actual - exact)[finite]).item()
+    scale = torch.linalg.vector_norm(exact[finite]).item()
+    error = error / scale if scale > 0 else error
+    return math.inf if math.isnan(error) else error
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor's comparison."""
+
+    name: str
+    fast_error: float
+    stock_error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.fast_error <= self.allowed
+
+    @property
+    def use(self) -> float:
+        """Share of the budget that is used."""
+        return self.fast_error / self.allowed
+
+
+def compare(
+    fast: dict[str, Tensor], stock: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype
+) -> list[Row]:
+    """Every tensor of ``exact`` against its budget for ``dtype``; a missing tensor is an error."""
+    budget = BUDGETS[dtype]
+    rows = []
+    for name, truth in exact.items():
+        stock_error = relative_error(stock[name], truth)
+        rows.append(Row(name, relative_error(fast[name], truth), stock_error, budget.allows(stock_error)))
+    return rows
+
+
+def observe(
+    model: nn.Module, x: Tensor, *, autocast: torch.dtype | None = None, seed: int = 0, backward: bool = True
+) -> dict[str, Tensor]:
+    """Run a model once and return what parity is about.
+
+    Args:
+        model: in the mode (train, eval) to be observed; its gradients are replaced.
+        x: the input, [N, C, H, W].
+        autocast: dtype of an autocast around the forward.
+        seed: of dropout, and of the output's random gradient.
+        backward: observe gradients too.
+
+    Returns:
+        ``output``; ``grad input`` and ``grad <parameter>``; ``<buffer>`` for running statistics.
+    """
+    x = x.detach().clone().requires_grad_(backward)
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    with torch.set_grad_enabled(backward), torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+        out = model(x)
+    seen = {"output": out.detach()}
+    if backward:
+        generator = torch.Generator().manual_seed(seed)
+        direction = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+        out.backward(direction.to(out))
+        seen["grad input"] = x.grad
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                seen[f"grad {name}"] = parameter.grad
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point():
+            seen[name] = buffer.clone()
+    return seen
+
+
+def check(
+    fast: nn.Module,
+    stock: nn.Module,
+    inputs: Tensor | Sequence[Tensor],
+    *,
+    dtype: torch.dtype,
+    autocast: bool = False,
+    backward: bool = True,
+) -> list[Row]:
+    """Compare two models of equal state; neither is changed.
+
+    A rounding that flips a ReLU changes a deep gradient by far more than a rounding, in either model and by
+    chance. So several inputs may be given, each a batch of its own: errors are then medians over them.
+
+    Args:
+        fast: what is to be proved.
+        stock: the same in stock PyTorch.
+        inputs: [N, C, H, W], one or several; converted to ``dtype`` unless ``autocast``.
+        dtype: the models are converted to it, or autocast to it.
+        autocast: keep the parameters as they are and autocast the forward to ``dtype``.
+        backward: compare gradients too.
+    """
+    comparisons = []
+    for x in [inputs] if isinstance(inputs, Tensor) else inputs:
+        truth = observe(copy.deepcopy(stock).double(), x.double(), backward=backward)
+        models = [copy.deepcopy(model) if autocast else copy.deepcopy(model).to(dtype) for model in (fast, stock)]
+        seen = [
+            observe(model, x if autocast else x.to(dtype), autocast=dtype if autocast else None, backward=backward)
+            for model in models
+        ]
+        comparisons.append(compare(*seen, truth, dtype))
+    budget = BUDGETS[dtype]
+    rows = []
+    for same in zip(*comparisons, strict=True):
+        stock_error = statistics.median(row.stock_error for row in same)
+        fast_error = statistics.median(row.fast_error for row in same)
+        rows.append(Row(same[0].name, fast_error, stock_error, budget.allows(stock_error)))
+    return rows
+
+
+def failures(rows: Sequence[Row]) -> Iterator[str]:
+    """A line for every row over its budget."""
+    for row in rows:
+        if not row.passed:
+            yield (
+                f"{row.name}: error {row.fast_error:.3g} is over {row.allowed:.3g} (stock PyTorch: {row.stock_error:.3g})"
+            )
