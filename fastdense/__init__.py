@@ -2,6 +2,7 @@
 
 from . import reference
 from .backends import Status, status, use_backend
+from .convert import Explanation, Finding, convert, explain, to_reference
 from .models import (
     FastDenseNet,
     densenet121,
@@ -22,12 +23,15 @@ from .modules import FallbackWarning, FastDenseBlock, FastTransition
 __version__ = "0.1.0"
 
 __all__ = [
+    "Explanation",
     "FallbackWarning",
     "FastDenseBlock",
     "FastDenseNet",
     "FastTransition",
+    "Finding",
     "Status",
     "__version__",
+    "convert",
     "densenet121",
     "densenet161",
     "densenet169",
@@ -40,7 +44,9 @@ __all__ = [
     "densenet_bc_190_40",
     "densenet_bc_250_24",
     "densenet_cifar",
+    "explain",
     "reference",
     "status",
+    "to_reference",
     "use_backend",
 ]

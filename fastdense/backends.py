@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .kernels import portable
+from .text import aligned
 
 REFERENCE = "reference"
 
@@ -121,8 +122,7 @@ class Status:
         return {item: {"state": state, "note": note} for item, state, note in self.rows}
 
     def __str__(self) -> str:
-        widths = [max(len(row[i]) for row in self.rows) for i in range(2)]
-        return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in self.rows)
+        return aligned(self.rows)
 
 
 def status() -> Status:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import reference
 from .architectures import cifar_config, constructor
 from .kernels.contract import ChannelStats
-from .modules import FastDenseBlock, FastTransition, head, hooked, stem_tail
+from .modules import FastDenseBlock, FastTransition, head, hooked, is_channels_last, stem_tail
 
 
 class FastDenseNet(reference.DenseNet):
@@ -43,6 +43,7 @@ class FastDenseNet(reference.DenseNet):
             return super().forward(x)
         stages = list(self.features.children())
         stats: ChannelStats | None = None  # of x, where known
+        channels_last = is_channels_last(x)  # as the reference's features would be; ours always are
         while stages:
             stage = stages.pop(0)
             if isinstance(stage, nn.BatchNorm2d) and not stages:
@@ -50,11 +51,12 @@ class FastDenseNet(reference.DenseNet):
             if isinstance(stage, nn.BatchNorm2d) and [type(s) for s in stages[:2]] == [nn.ReLU, nn.MaxPool2d]:
                 x, stats = stem_tail(stage, stages.pop(0), stages.pop(0), x), None
             elif isinstance(stage, FastDenseBlock) and not hooked(stage):
-                x, stats = stage.forward_with_stats(x)
+                x, stats = stage.forward_with_stats(x, channels_last)
             elif isinstance(stage, FastTransition) and not hooked(stage):
                 x, stats = stage.forward(x, stats), None
             else:
                 x, stats = stage(x), None
+                channels_last = is_channels_last(x)
         return self.classifier(torch.flatten(F.adaptive_avg_pool2d(F.relu(x), (1, 1)), 1))
 
 

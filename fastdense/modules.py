@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,14 +42,17 @@ class FastDenseBlock(reference.DenseBlock):
     """
 
     def forward(self, init_features: Tensor) -> Tensor:
-        return self.forward_with_stats(init_features)[0]
+        return self.forward_with_stats(init_features, is_channels_last(init_features))[0]
 
-    def forward_with_stats(self, x: Tensor) -> tuple[Tensor, ChannelStats | None]:
-        """The output and, where the block's norms made them, its batch statistics for the next norm."""
+    def forward_with_stats(self, x: Tensor, channels_last: bool = False) -> tuple[Tensor, ChannelStats | None]:
+        """The output and, where the block's norms made them, its batch statistics for the next norm.
+
+        ``channels_last``: the reference's features would have that layout, even if x's does not say so.
+        """
         backend = _fast_backend(self, x, self._obstacle)
-        if backend is None or not _same_dtype(x, next(iter(self.values())).conv1.weight):
+        if backend is None or not _same_dtype(x, self._layers()[0].conv1.weight):
             return super().forward(x), None
-        layers = self._gather(x)
+        layers = self._gather(x, channels_last)
         dtype = _conv_dtype(x, layers.conv1_weight[0])
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         uses_batch = any(layers.norm1_batch_stats) or any(layers.norm2_batch_stats)
@@ -58,12 +61,12 @@ class FastDenseBlock(reference.DenseBlock):
         if not needs_grad and not uses_batch and not layers.growth_mask:
             return ops.dense_block_inference(x, layers, dtype=dtype, backend=backend), None
 
-        memory_efficient = next(iter(self.values())).memory_efficient
-        keep = needs_grad and not memory_efficient
+        keep = needs_grad and not self._layers()[0].memory_efficient
         result = ops.dense_block(x, layers, dtype=dtype, save_bottleneck=keep, backend=backend)
         shared = ChannelStats(result.mean, result.var)
-        norms, stats = [], []
-        for i, layer in enumerate(self.values()):
+        norms: list[nn.BatchNorm2d] = []
+        stats: list[ChannelStats] = []
+        for i, layer in enumerate(self._layers()):
             channels = layer.norm1.num_features
             norms.append(layer.norm1)
             stats.append(ChannelStats(shared.mean[:channels], shared.var[:channels]))
@@ -73,9 +76,12 @@ class FastDenseBlock(reference.DenseBlock):
         _update_running_stats(norms, stats, x.shape[0] * x.shape[2] * x.shape[3])
         return result.out, shared if any(layers.norm1_batch_stats) else None
 
-    def _gather(self, x: Tensor) -> DenseLayers:
+    def _layers(self) -> list[reference.DenseLayer]:
+        return cast(list[reference.DenseLayer], list(self.values()))
+
+    def _gather(self, x: Tensor, channels_last: bool) -> DenseLayers:
         """The layers' parameters, and the dropout masks in the order and layout of the reference."""
-        layers = list(self.values())
+        layers = self._layers()
         first = layers[0]
         norms1 = [layer.norm1 for layer in layers]
         norms2 = [layer.norm2 for layer in layers if layer.has_bottleneck]
@@ -83,8 +89,8 @@ class FastDenseBlock(reference.DenseBlock):
         if first.drop_rate > 0 and first.training:
             for layer in layers:
                 if layer.has_bottleneck and layer.drop_every_conv:
-                    bottleneck_mask.append(_dropout_mask(x, layer.conv1, layer.drop_rate))
-                growth_mask.append(_dropout_mask(x, layer.growth_conv, layer.drop_rate))
+                    bottleneck_mask.append(_dropout_mask(x, layer.conv1, layer.drop_rate, channels_last))
+                growth_mask.append(_dropout_mask(x, layer.growth_conv, layer.drop_rate, channels_last))
         return DenseLayers(
             *_norm_lists(norms1, x),
             [layer.conv1.weight for layer in layers],
@@ -103,8 +109,8 @@ class FastDenseBlock(reference.DenseBlock):
         """Why the op would not reproduce the layers' forward, or ``None``."""
         if not len(self):
             return "it has no layers"
-        first = next(iter(self.values()))
-        for name, layer in self.items():
+        first = self._layers()[0]
+        for name, layer in zip(self, self._layers(), strict=True):
             if type(layer) is not reference.DenseLayer:
                 return f"{name} is a {type(layer).__name__}"
             parts = ["norm1", "relu1", "conv1"] + (["norm2", "relu2", "conv2"] if layer.has_bottleneck else [])
@@ -134,7 +140,7 @@ class FastTransition(reference.Transition):
         backend = _fast_backend(self, x, self._obstacle)
         if backend is None or self._drops() or not _same_dtype(x, self.conv.weight):
             return super().forward(x)
-        norm = _norm_for(self.norm, x, stats, backend)
+        norm = _norm_for(cast(nn.BatchNorm2d, self.norm), x, stats, backend)
         dtype = _conv_dtype(x, self.conv.weight)
         return ops.transition(x, norm, self.conv.weight, dtype=dtype, backend=backend)
 
@@ -146,7 +152,7 @@ class FastTransition(reference.Transition):
         return _obstacle_in(self, parts)
 
 
-def stem_tail(norm: nn.Module, relu: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
+def stem_tail(norm: nn.BatchNorm2d, relu: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
     """``pool(relu(norm(x)))`` in one pass where the three are a stem's, else one by one."""
     backend = None if any(map(_unusual, (norm, relu, pool))) else _fast_backend(norm, x)
     if backend is None:
@@ -154,7 +160,7 @@ def stem_tail(norm: nn.Module, relu: nn.Module, pool: nn.Module, x: Tensor) -> T
     return ops.stem_tail(x, _norm_for(norm, x, None, backend), backend=backend)
 
 
-def head(norm: nn.Module, x: Tensor, stats: ChannelStats | None) -> Tensor:
+def head(norm: nn.BatchNorm2d, x: Tensor, stats: ChannelStats | None) -> Tensor:
     """norm, ReLU and global average pool of [N, C, H, W] in one pass where possible: [N, C]."""
     backend = None if _unusual(norm) else _fast_backend(norm, x)
     if backend is None:
@@ -176,7 +182,7 @@ def _fast_backend(module: nn.Module, x: Tensor, obstacle: Callable[[], str | Non
     if reason is None:
         return backend
     if not getattr(module, "_warned_of_fallback", False):
-        module._warned_of_fallback = True
+        module.__dict__["_warned_of_fallback"] = True
         message = f"{type(module).__name__} runs the reference implementation, without its savings: {reason}"
         warnings.warn(message, FallbackWarning, stacklevel=3)
     return None
@@ -198,7 +204,7 @@ def _obstacle_in(module: nn.Module, parts: Sequence[str]) -> str | None:
     """Why ``module`` is not exactly the stock modules ``parts`` one after the other, or ``None``."""
     if list(module._modules) != list(parts):
         return f"its children are {', '.join(module._modules)} instead of {', '.join(parts)}"
-    for name, child in module._modules.items():
+    for name, child in module.named_children():
         reason = _unusual(child)
         if reason:
             return f"{name}: {reason}"
@@ -212,9 +218,11 @@ def _unusual(module: nn.Module) -> str | None:
         return f"it is a {kind.__name__}"
     for attribute, expected in _STOCK[kind].items():
         value = getattr(module, attribute)
+        if isinstance(value, Tensor):
+            return f"it has a {attribute}"
         if value not in expected:
             return f"its {attribute} is {value}"
-    if kind is nn.Conv2d and module.padding[0] != module.kernel_size[0] // 2:
+    if isinstance(module, nn.Conv2d) and module.padding[0] != module.kernel_size[0] // 2:
         return f"its padding is {module.padding}"
     return hooked(module) or ("modules have global hooks" if _global_hooks() else None)
 
@@ -271,12 +279,20 @@ def _same_dtype(x: Tensor, weight: Tensor) -> bool:
     return weight.dtype != torch.float64 if _autocasts(x) else x.dtype == weight.dtype
 
 
-def _dropout_mask(x: Tensor, conv: nn.Conv2d, drop_rate: float) -> Tensor:
-    """True where the reference, at the same state of the generator, would keep a value of conv's output."""
-    channels_last = any(t.stride(1) == 1 and t.stride(3) == t.shape[1] > 1 for t in (x, conv.weight))
-    ones = torch.ones(
-        (x.shape[0], conv.out_channels, *x.shape[2:]), dtype=_conv_dtype(x, conv.weight), device=x.device
-    ).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+def is_channels_last(x: Tensor) -> bool:
+    """Whether PyTorch's convolutions take [N, C, H, W] for channels-last; ambiguous strides count as contiguous."""
+    return x.dim() == 4 and x.stride(1) == 1 and x.stride(3) == x.shape[1] > 1
+
+
+def _dropout_mask(x: Tensor, conv: nn.Conv2d, drop_rate: float, channels_last: bool) -> Tensor:
+    """True where the reference, at the same state of the generator, would keep a value of conv's output.
+
+    The values drawn depend on dtype and layout, so those are the reference's.
+    """
+    shape = (x.shape[0], conv.out_channels, *x.shape[2:])
+    ones = torch.ones(shape, dtype=_conv_dtype(x, conv.weight), device=x.device)
+    if channels_last or is_channels_last(conv.weight):
+        ones = ones.contiguous(memory_format=torch.channels_last)
     return F.dropout(ones, drop_rate, training=True) != 0
 
 
@@ -294,8 +310,7 @@ def _norm_lists(norms: list[nn.BatchNorm2d], x: Tensor) -> tuple[list[Tensor], .
     """Weights, biases, running means, running variances; the latter two empty where the batch's are used."""
     unread = x.new_empty(0)
     vectors = [
-        (*_affine(norm, x), *((unread, unread) if _uses_batch_stats(norm) else (norm.running_mean, norm.running_var)))
-        for norm in norms
+        (*_affine(norm, x), *((unread, unread) if _uses_batch_stats(norm) else _running_stats(norm))) for norm in norms
     ]
     return tuple([list(column) for column in zip(*vectors, strict=True)]) if vectors else ([], [], [], [])
 
@@ -303,7 +318,7 @@ def _norm_lists(norms: list[nn.BatchNorm2d], x: Tensor) -> tuple[list[Tensor], .
 def _norm_for(norm: nn.BatchNorm2d, x: Tensor, stats: ChannelStats | None, backend: str) -> Norm:
     """The norm as an op takes it; its running statistics are updated if it is training."""
     if not _uses_batch_stats(norm):
-        return Norm(*_affine(norm, x), norm.running_mean, norm.running_var, norm.eps, False)
+        return Norm(*_affine(norm, x), *_running_stats(norm), norm.eps, False)
     _check_values_per_channel(x)
     if stats is None:
         stats = ops.channel_stats(x, backend=backend)
@@ -331,18 +346,26 @@ def _update_running_stats(norms: Sequence[nn.BatchNorm2d], stats: Sequence[Chann
     ]
     if not tracking:
         return
-    torch._foreach_add_([norm.num_batches_tracked for norm, _ in tracking], 1)
+    torch._foreach_add_([_buffer(norm, "num_batches_tracked") for norm, _ in tracking], 1)
     by_momentum = defaultdict(list)
     for norm, batch in tracking:
         by_momentum[norm.momentum].append((norm, batch))
     for momentum, group in by_momentum.items():
-        running = [norm.running_mean for norm, _ in group] + [norm.running_var for norm, _ in group]
+        running = [_buffer(norm, name) for name in ("running_mean", "running_var") for norm, _ in group]
         unbiased = torch._foreach_mul([batch.var for _, batch in group], count / (count - 1))
-        batch = [batch.mean for _, batch in group] + list(unbiased)
-        batch = [value.to(target.dtype) for value, target in zip(batch, running, strict=True)]
+        values = [batch.mean for _, batch in group] + list(unbiased)
+        values = [value.to(target.dtype) for value, target in zip(values, running, strict=True)]
         if momentum is None:  # the average of all batches so far
-            shares = [norm.num_batches_tracked.reciprocal() for norm, _ in group] * 2
-            for target, value, share in zip(running, batch, shares, strict=True):
+            shares = [_buffer(norm, "num_batches_tracked").reciprocal() for norm, _ in group] * 2
+            for target, value, share in zip(running, values, shares, strict=True):
                 target.lerp_(value, share.to(target.dtype))
         else:
-            torch._foreach_lerp_(running, batch, momentum)
+            torch._foreach_lerp_(running, values, momentum)
+
+
+def _running_stats(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    return _buffer(norm, "running_mean"), _buffer(norm, "running_var")
+
+
+def _buffer(norm: nn.BatchNorm2d, name: str) -> Tensor:
+    return cast(Tensor, getattr(norm, name))

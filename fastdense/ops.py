@@ -24,6 +24,7 @@ from .kernels.contract import (
     DenseLayers,
     Norm,
     accumulator_dtype,
+    empty_channels_last,
 )
 
 _LIST_FIELDS = DenseLayers._fields[:12]  # Tensor[]
@@ -283,10 +284,6 @@ def _head_backward(kernels: Any, grad_out: Tensor, x: Tensor, *norm: Tensor, eps
 # -- fakes: shapes, dtypes and strides without the values ----------------------------------------------------
 
 
-def _empty_channels_last(like: Tensor, n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
-    return like.new_empty((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
-
-
 @torch.library.register_fake("fastdense::channel_stats")
 def _(x: Tensor, *, backend: str) -> Any:
     dtype = accumulator_dtype(x.dtype)
@@ -302,7 +299,7 @@ def _(x: Tensor, *lists: list[Tensor], dtype: torch.dtype, save_bottleneck: bool
     hidden = (layers.num_layers, n * h * w, layers.bottleneck_channels)
     kept = save_bottleneck and layers.has_bottleneck
     return (
-        _empty_channels_last(x, n, layers.output_channels, h, w, store),
+        empty_channels_last((n, layers.output_channels, h, w), store, x.device),
         x.new_empty(hidden if kept else 0, dtype=dtype),
         x.new_empty(layers.output_channels, dtype=acc),
         x.new_empty(layers.output_channels, dtype=acc),
@@ -315,7 +312,7 @@ def _(x: Tensor, *lists: list[Tensor], dtype: torch.dtype, save_bottleneck: bool
 def _(x: Tensor, *lists: list[Tensor], dtype: torch.dtype, backend: str, **options: Any) -> Any:
     layers = DenseLayers(*lists, **options)
     n, _, h, w = x.shape
-    return _empty_channels_last(x, n, layers.output_channels, h, w, torch.promote_types(x.dtype, dtype))
+    return empty_channels_last((n, layers.output_channels, h, w), torch.promote_types(x.dtype, dtype), x.device)
 
 
 @torch.library.register_fake("fastdense::dense_block_backward")
@@ -346,7 +343,7 @@ def _(
     reached = [layer >= first for layer in range(layers.num_layers)]
     reached2 = reached if layers.has_bottleneck else []
     return (
-        _empty_channels_last(grad_out, n, layers.input_channels, h, w, x_dtype)
+        empty_channels_last((n, layers.input_channels, h, w), x_dtype, grad_out.device)
         if need_x
         else grad_out.new_empty(0, dtype=x_dtype),
         like(layers.norm1_weight, reached),
@@ -361,13 +358,13 @@ def _(
 @torch.library.register_fake("fastdense::transition")
 def _(x: Tensor, *args: Tensor, dtype: torch.dtype, **options: Any) -> Any:
     n, _, h, w = x.shape
-    return _empty_channels_last(x, n, args[-1].shape[0], h // 2, w // 2, dtype)
+    return empty_channels_last((n, args[-1].shape[0], h // 2, w // 2), dtype, x.device)
 
 
 @torch.library.register_fake("fastdense::stem_tail")
 def _(x: Tensor, *norm: Tensor, **options: Any) -> Any:
     n, c, h, w = x.shape
-    return _empty_channels_last(x, n, c, (h + 1) // 2, (w + 1) // 2, x.dtype)
+    return empty_channels_last((n, c, (h + 1) // 2, (w + 1) // 2), x.dtype, x.device)
 
 
 @torch.library.register_fake("fastdense::head")
@@ -376,7 +373,8 @@ def _(x: Tensor, *norm: Tensor, **options: Any) -> Any:
 
 
 def _fake_norm_grads(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_channels_last(x, *x.shape, x.dtype), torch.empty_like(weight), torch.empty_like(bias)
+    n, c, h, w = x.shape
+    return empty_channels_last((n, c, h, w), x.dtype, x.device), torch.empty_like(weight), torch.empty_like(bias)
 
 
 @torch.library.register_fake("fastdense::transition_backward")

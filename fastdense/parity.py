@@ -29,12 +29,13 @@ class Budget:
 
 
 BUDGETS: dict[torch.dtype, Budget] = {
-    torch.float64: Budget(factor=2, floor=1e-12),
+    torch.float64: Budget(factor=2, floor=1e-9),
     torch.float32: Budget(factor=2, floor=torch.finfo(torch.float32).eps),
     torch.float16: Budget(factor=2, floor=torch.finfo(torch.float16).eps / 2),
     torch.bfloat16: Budget(factor=2, floor=torch.finfo(torch.bfloat16).eps / 2),
 }
-"""By the dtype that the convolutions compute in."""
+"""By the dtype that the convolutions compute in. In float64 stock is the truth itself; the floor is for another order
+of summation, which the worst conditioned gradients (of norm0, whose scale the next norms undo) amplify 1e5 times."""
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
@@ -145,12 +146,25 @@ def check(
     comparisons = []
     for x in [inputs] if isinstance(inputs, Tensor) else inputs:
         truth = observe(copy.deepcopy(stock).double(), x.double(), backward=backward)
-        models = [copy.deepcopy(model) if autocast else copy.deepcopy(model).to(dtype) for model in (fast, stock)]
-        seen = [
-            observe(model, x if autocast else x.to(dtype), autocast=dtype if autocast else None, backward=backward)
-            for model in models
-        ]
-        comparisons.append(compare(*seen, truth, dtype))
+        fast_seen, stock_seen = (
+            observe_in(model, x, dtype, autocast=autocast, backward=backward) for model in (fast, stock)
+        )
+        comparisons.append(compare(fast_seen, stock_seen, truth, dtype))
+    return medians(comparisons, dtype)
+
+
+def observe_in(
+    model: nn.Module, x: Tensor, dtype: torch.dtype, *, autocast: bool, backward: bool = True
+) -> dict[str, Tensor]:
+    """:func:`observe` a copy of ``model``, converted or autocast to ``dtype``."""
+    model = copy.deepcopy(model)
+    if autocast:
+        return observe(model, x, autocast=dtype, backward=backward)
+    return observe(model.to(dtype), x.to(dtype), backward=backward)
+
+
+def medians(comparisons: Sequence[Sequence[Row]], dtype: torch.dtype) -> list[Row]:
+    """Rows of the median errors over the comparisons of several inputs."""
     budget = BUDGETS[dtype]
     rows = []
     for same in zip(*comparisons, strict=True):
@@ -164,6 +178,4 @@ def failures(rows: Sequence[Row]) -> Iterator[str]:
     """A line for every row over its budget."""
     for row in rows:
         if not row.passed:
-            yield (
-                f"{row.name}: error {row.fast_error:.3g} is over {row.allowed:.3g} (stock PyTorch: {row.stock_error:.3g})"
-            )
+            yield f"{row.name}: error {row.fast_error:.3g}, allowed {row.allowed:.3g}, stock {row.stock_error:.3g}"

@@ -20,10 +20,10 @@ A backend is a module with the functions
 - ``stem_tail``, ``stem_tail_backward``
 - ``head``, ``head_backward``
 
-taking and returning the types below. Every function is pure: it returns fresh tensors and changes no
-argument. Statistics, their vectors and all accumulators are of ``accumulator_dtype``; statistics are
-those of the values as stored. What a forward returns for its backward has the layouts given here for
-every backend.
+taking and returning the types below. Every function is pure: it changes no argument and returns fresh
+tensors, a forward's not views. Statistics and all accumulators are of ``accumulator_dtype``; statistics are
+those of the values as stored. What a forward returns for its backward has the layouts given here for every
+backend.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ from torch import Tensor
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_channels_last(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[N, C, H, W] uninitialised, dense in channels-last memory and not a view: users may write to it in place."""
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
 
 
 class ChannelStats(NamedTuple):
@@ -159,13 +164,12 @@ class DenseBlockNeeds(NamedTuple):
     conv2: list[bool]
 
     def first_layer(self) -> int:
-        """The lowest layer that must be reached for anything asked for: the backward stops below it."""
+        """The lowest layer that must be reached for what is asked for: the backward stops above the others."""
         if self.x:
             return 0
-        per_layer = list(zip(self.norm1, self.conv1, strict=True))
-        if self.norm2:
-            per_layer = [(*a, *b) for a, b in zip(per_layer, zip(self.norm2, self.conv2, strict=True), strict=True)]
-        return next((layer for layer, wanted in enumerate(per_layer) if any(wanted)), len(per_layer))
+        lists = [needed for needed in self[1:] if needed]
+        num_layers = len(self.conv1)
+        return next((i for i in range(num_layers) if any(needed[i] for needed in lists)), num_layers)
 
 
 class DenseBlockGrads(NamedTuple):

@@ -89,7 +89,10 @@ def row_stats(x: Tensor) -> ChannelStats:
     lanes = _lanes(count)
     x = cast(x, accumulator_dtype(x.dtype))
     mean, var = torch.batch_norm_update_stats(_as_lanes(x, lanes), None, None, 0.0)
-    return _merged(mean.view(lanes, channels), var.view(lanes, channels), 1 / lanes)
+    if lanes == 1:
+        return ChannelStats(mean, var)
+    var_of_means, mean = torch.var_mean(mean.view(lanes, channels), 0, correction=0)
+    return ChannelStats(mean, var.view(lanes, channels).mean(0).add_(var_of_means))
 
 
 def channel_stats(x: Tensor) -> ChannelStats:
@@ -109,11 +112,6 @@ def merge_stats(parts: list[ChannelStats], counts: list[int]) -> ChannelStats:
         return parts[0]
     means, variances = (torch.stack(vectors) for vectors in zip(*parts, strict=True))  # [parts, C]
     share = torch.tensor(counts, dtype=means.dtype, device=means.device).div_(sum(counts)).unsqueeze_(1)
-    return _merged(means, variances, share)
-
-
-def _merged(means: Tensor, variances: Tensor, share: Tensor | float) -> ChannelStats:
-    """Of parts [parts, C] that hold ``share`` of the whole each."""
     mean = (means * share).sum(0)
     return ChannelStats(mean, ((variances + (means - mean).square_()) * share).sum(0))
 

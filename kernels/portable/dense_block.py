@@ -34,6 +34,7 @@ from ..contract import (
     DenseLayers,
     Norm,
     accumulator_dtype,
+    empty_channels_last,
 )
 from .batch_norm import (
     Correction,
@@ -159,7 +160,8 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
     n, c0, h, w = x.shape
     block = _Block(layers, dtype)
     store = torch.promote_types(x.dtype, dtype)
-    shared = torch.empty((n * h * w, layers.output_channels), dtype=store, device=x.device)  # X
+    out = empty_channels_last((n, layers.output_channels, h, w), store, x.device)
+    shared = rows(out)  # X
     stats = zero_stats((layers.output_channels,), store, x.device)
     bottleneck_stats = zero_stats((layers.num_layers, layers.bottleneck_channels), store, x.device)
     share_stats = any(layers.norm1_batch_stats)
@@ -185,7 +187,7 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
 
     if not (save_bottleneck and layers.has_bottleneck):
         bottleneck = bottleneck.new_empty(0)
-    return DenseBlockOutput(images(shared, n, h, w), bottleneck, *stats, *bottleneck_stats)
+    return DenseBlockOutput(out, bottleneck, *stats, *bottleneck_stats)
 
 
 def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) -> Tensor:
@@ -203,7 +205,8 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) ->
             conv1.append((cast(folded, compute), cast(norm2.shift, compute)))
     growth = [cast(weight, compute) for weight in layers.growth_weight]
 
-    shared = torch.empty((n * h * w, layers.output_channels), dtype=store, device=x.device)
+    out = empty_channels_last((n, layers.output_channels, h, w), store, x.device)
+    shared = rows(out)
     shared[:, :c0] = rows(x)
     for chunk in _chunks(n, h, w, layers.output_channels, x.device):  # through every layer while in cache
         part = shared[chunk.rows]
@@ -214,7 +217,7 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) ->
                 z = torch.conv2d(z, *conv1[layer]).relu_()
             y = cast(torch.conv2d(z, weight, padding=1), dtype)
             part[:, channels : channels + layers.growth_rate] = rows(y)
-    return images(shared, n, h, w)
+    return out
 
 
 def dense_block_backward(

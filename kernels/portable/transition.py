@@ -11,6 +11,7 @@ The backward keeps x alone and recomputes z.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..contract import Norm, TransitionGrads
@@ -19,10 +20,10 @@ from .batch_norm import gemm_dtype, images, norm_relu, norm_relu_backward, rows
 
 def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """[N, C, H, W], [C', C, 1, 1] -> [N, C', H//2, W//2] of ``dtype``, channels-last."""
-    pooled = torch.nn.functional.avg_pool2d(norm_relu(x, norm), 2)
-    n, _, h, w = pooled.shape
     compute = gemm_dtype(dtype, x.device)
-    return images((rows(pooled).to(compute) @ weight.flatten(1).t().to(compute)).to(dtype), n, h, w)
+    pooled = F.avg_pool2d(norm_relu(x, norm), 2).to(compute)
+    out = torch.conv2d(pooled, weight.to(compute)).to(dtype)
+    return out.contiguous(memory_format=torch.channels_last)
 
 
 def transition_backward(
@@ -32,7 +33,7 @@ def transition_backward(
     dout = rows(grad_out).to(compute)  # [M/4, C']
     z = norm_relu(x, norm)
     if need_weight:
-        pooled = rows(torch.nn.functional.avg_pool2d(z, 2)).to(compute)  # [M/4, C]
+        pooled = rows(F.avg_pool2d(z, 2)).to(compute)  # [M/4, C]
         dweight = (dout.t() @ pooled).to(weight.dtype).view_as(weight)
     else:
         dweight = weight.new_empty(0)
