@@ -35,10 +35,10 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("verify", help="prove fast equal to naive on real photographs")
     command.add_argument("--arch", default="densenet121", choices=CONFIGS, help="network (default: %(default)s)")
-    command.add_argument("--size", type=_positive, default=224, help="image height and width (default: %(default)s)")
+    command.add_argument("--size", type=_positive, default=128, help="image height and width (default: %(default)s)")
     command.add_argument("--batch", type=_positive, default=2, help="images in a batch (default: %(default)s)")
     command.add_argument(
-        "--inputs", type=_positive, default=3, help="batches to take medians over (default: %(default)s)"
+        "--inputs", type=_positive, default=5, help="batches to take errors over (default: %(default)s)"
     )
     command.add_argument("--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), help="only these (default: all)")
     command.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")

@@ -62,7 +62,7 @@ def reference_of(stock):
 def test_converted_gradients_and_statistics(train, kwargs, x):
     stock = small(drop_rate=kwargs.get("drop_rate", 0.0)).train(train)
     fast = fastdense.convert(small(**kwargs)).train(train)
-    rows = parity.check(fast, stock, x, dtype=torch.float64)
+    rows = parity.check(fast, stock, x, dtype=torch.float64, memory_formats=[torch.contiguous_format])
     assert not list(parity.failures(rows))
     assert any(row.name.startswith("grad features.denseblock2") for row in rows)
 
@@ -218,7 +218,9 @@ def test_unknown_dense_blocks_are_named():
             return x
 
     findings = fastdense.explain(nn.Sequential(DenseBlock())).findings
-    assert [(f.path, f.verdict, f.reason) for f in findings] == [("0", "left alone", "this class is not known and may compute anything")]
+    assert [(f.path, f.verdict, f.reason) for f in findings] == [
+        ("0", "left alone", "this class is not known and may compute anything")
+    ]
 
 
 def test_reference_networks_convert_and_return(x):
