@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-
 MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)
 
 

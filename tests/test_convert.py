@@ -91,7 +91,8 @@ def test_copy_leaves_the_original_alone(x):
     rng = torch.get_rng_state()
     fast = fastdense.convert(stock)
     assert type(stock) is torchvision_models.DenseNet
-    assert stock.training and fast.training
+    assert stock.training
+    assert fast.training
     assert all(torch.equal(before[k], v) for k, v in stock.state_dict().items())
     assert all(torch.equal(before[k], v) for k, v in fast.state_dict().items())
     assert torch.equal(rng, torch.get_rng_state()), "the check must not consume random numbers"

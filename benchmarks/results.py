@@ -1,0 +1,122 @@
+"""Results: rows and the environment they were measured in, one JSON file a run, named by device and date."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastdense
+
+_HERE = Path(__file__).parent
+_DATE = "%Y%m%dT%H%M%SZ"
+
+PARTS = ("parity", "speed", "memory", "growth", "training")
+"""What a file holds besides ``suite`` and ``environment``."""
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a measurement depends on."""
+    gpu = device.startswith("cuda")
+    return {
+        "date": datetime.now(timezone.utc).strftime(_DATE),
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name(device) if gpu else _cpu(),
+        "device_type": "cuda" if gpu else device,
+        "cpu": _cpu(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if gpu else None,
+        "cudnn": torch.backends.cudnn.version() if gpu else None,
+        "backend": fastdense.backends.select(torch.device(device)),
+        "fastdense": fastdense.__version__,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+def default_folder() -> Path:
+    """``benchmarks/results`` of a checkout, else ``fastdense-results`` where the program was started."""
+    return _HERE / "results" if _is_checkout() else Path("fastdense-results")
+
+
+def save(results: dict[str, Any], folder: Path) -> Path:
+    """Write one run; the name ends in its date."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{device_slug(results)}-{results['environment']['date']}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read one run.
+
+    Raises:
+        ValueError: the file does not hold one.
+    """
+    try:
+        results = json.loads(path.read_text())
+        missing = [part for part in ("suite", "environment", *PARTS) if part not in results]
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"{path} is not a file of benchmark results: {error}") from None
+    if missing:
+        raise ValueError(f"{path} is not a file of benchmark results: it has no {', '.join(missing)}")
+    return results
+
+
+def latest(folder: Path) -> Path:
+    """The newest run in a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    runs = sorted(folder.glob("*-????????T??????Z.json"), key=lambda path: path.stem.rpartition("-")[2])
+    if not runs:
+        raise FileNotFoundError(f"no benchmark results in {folder}: run `fastdense bench` first, or name a file")
+    return runs[-1]
+
+
+def device_slug(results: dict[str, Any]) -> str:
+    """The device for file names, such as ``nvidia-h100-80gb-hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "-", results["environment"]["device"].lower()).strip("-")
+
+
+def _cpu() -> str:
+    """The CPU's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _is_checkout() -> bool:
+    return (_HERE.parent / "pyproject.toml").exists()
+
+
+def _commit() -> str | None:
+    """The commit of a checkout, marked where files differ from it."""
+    if not _is_checkout():
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=_HERE, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,328 @@
+"""The whole benchmark: parity, speed, memory, growth and a training run, then tables and plots.
+
+``fastdense bench`` calls :func:`main`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import results as results_module
+from . import training
+from .cases import DTYPES, FAST, NAIVE, SPEED_CONTENDERS, SUITES, MemoryCase, Suite, default_device, default_dtypes
+from .memory import Meter, meter
+
+Row = dict[str, Any]
+
+_NEEDED = ("pytest", "pytest_benchmark", "matplotlib", "sklearn", "PIL")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a suite; 0, or 1 where a case failed, or 2 where a package is missing."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    missing = [package for package in _NEEDED if find_spec(package) is None]
+    if missing:
+        print(f"the benchmark needs {', '.join(missing)}: pip install 'fastdense[bench]'", file=sys.stderr)
+        return 2
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: this torch sees no GPU")
+    from . import plots
+
+    suite, device = SUITES[options.suite], options.device
+    dtypes = (options.dtype,) if options.dtype else default_dtypes(device)
+    results: dict[str, Any] = {"suite": options.suite, "environment": results_module.environment(device)}
+    with _Steps(_expected_seconds(suite, device, dtypes)) as steps:
+        report, passed = _time_cases(options, steps)
+        results["parity"] = _unique(row["extra_info"]["parity"] for row in report)
+        results["speed"] = [speed for row in report for speed in row["extra_info"]["rows"]]
+        with meter(device) as bytes_meter:
+            results["memory"] = _measure_memory(suite, device, dtypes, bytes_meter, steps)
+            results["growth"] = _measure_growth(suite, device, dtypes[0], bytes_meter, steps)
+        results["training"] = _train(suite, device, steps)
+        steps.begin("saving, drawing", _DRAWING)
+        path = results_module.save(results, options.output)
+        pictures = plots.draw(path)
+    if options.json:
+        print(json.dumps(results))
+    else:
+        _show(results, [path, *pictures])
+    return 0 if passed else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("fastdense bench", description="Fast against naive concatenation, measured.")
+    parser.add_argument(
+        "--suite", choices=SUITES, default="quick", help="quick: about 4 minutes on two cores (default); full: longer"
+    )
+    parser.add_argument("--device", default=default_device(), help="cpu or cuda (default: the GPU if there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="one dtype (default: fp32; on a GPU bf16 autocast too)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=results_module.default_folder(),
+        metavar="DIR",
+        help="where results and plots go (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the results as JSON, and nothing else, on stdout")
+    return parser
+
+
+# -- parts ----------------------------------------------------------------------------------------------------
+
+_CHECKING, _MEASURING, _EPOCH, _DRAWING = 1.5, 1.8, 3.0, 6.0
+"""Seconds that parts take on two cores, per case, case, epoch and run, for the time left."""
+
+
+def _expected_seconds(suite: Suite, device: str, dtypes: tuple[str, ...]) -> float:
+    speed = sum(case.seconds + _CHECKING for case in suite.speed_cases(device, dtypes))
+    measured = len(suite.memory_cases(device, dtypes)) + len(list(suite.growth_cases(device, dtypes[0])))
+    return speed + _MEASURING * measured + _EPOCH * suite.epochs + _DRAWING
+
+
+def _time_cases(options: argparse.Namespace, steps: _Steps) -> tuple[list[Row], bool]:
+    """pytest-benchmark's report of ``bench_speed.py``, and whether every case passed."""
+    import pytest
+
+    class ShowCase:
+        def pytest_runtest_setup(self, item: pytest.Function) -> None:
+            case: Any = item.callspec.params["case"]
+            steps.begin(f"speed: {case}", case.seconds + _CHECKING)
+
+    here = Path(__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        arguments = [
+            str(here / "bench_speed.py"),
+            f"--suite={options.suite}",
+            f"--device={options.device}",
+            *([f"--dtype={options.dtype}"] if options.dtype else []),
+            f"--benchmark-json={report}",
+            f"--rootdir={here}",
+            f"--config-file={os.devnull}",  # of the project that this happens to be started in
+            "--capture=no",
+            "-pno:cacheprovider",
+        ]
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            code = pytest.main(arguments, plugins=[ShowCase()])
+        if code != pytest.ExitCode.OK:
+            print(output.getvalue(), file=sys.stderr)
+        timed = json.loads(report.read_text())["benchmarks"] if report.exists() and report.stat().st_size else []
+        return timed, code == pytest.ExitCode.OK
+
+
+def _measure_memory(suite: Suite, device: str, dtypes: tuple[str, ...], meter: Meter, steps: _Steps) -> list[Row]:
+    rows = []
+    for case in suite.memory_cases(device, dtypes):
+        steps.begin(f"memory: {case}", _MEASURING)
+        rows.append(_memory_row(case, meter))
+    return rows
+
+
+def _measure_growth(suite: Suite, device: str, dtype: str, meter: Meter, steps: _Steps) -> list[Row]:
+    rows = []
+    for variable, value, case in suite.growth_cases(device, dtype):
+        steps.begin(f"growth with {variable}: {value}, {case.contender.name}", _MEASURING)
+        rows.append({"variable": variable, "value": value, **_memory_row(case, meter)})
+    return rows
+
+
+def _memory_row(case: MemoryCase, meter: Meter) -> Row:
+    return {
+        "subject": case.subject.name,
+        "arguments": case.subject.arguments,
+        "title": case.subject.title,
+        "size": case.subject.size,
+        "batch": case.batch,
+        "dtype": case.dtype_name,
+        "contender": case.contender.name,
+        **{f"{name}_bytes" if name != "note" else name: value for name, value in asdict(meter.measure(case)).items()},
+    }
+
+
+def _train(suite: Suite, device: str, steps: _Steps) -> Row:
+    steps.begin("training on handwritten digits", 0)
+    share = _EPOCH * suite.epochs / training.steps(suite.epochs)
+    return training.compare(suite.epochs, device, on_step=lambda: steps.advance(share))
+
+
+def _unique(rows: Any) -> list[Row]:
+    return list({(row["subject"], row["dtype"]): row for row in rows}.values())
+
+
+# -- showing --------------------------------------------------------------------------------------------------
+
+
+class _Steps:
+    """What is being measured and the time left, on stderr: a bar on a terminal, a line a step elsewhere."""
+
+    def __init__(self, seconds: float) -> None:
+        console = Console(file=sys.stderr)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            auto_refresh=False,  # by a thread that would disturb the timings
+            speed_estimate_period=600,
+            disable=not console.is_terminal,
+        )
+        self._console, self._total = console, seconds
+        self._done = self._current = 0.0
+
+    def __enter__(self) -> _Steps:
+        self._bar.start()
+        self._task = self._bar.add_task("", total=self._total)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.update(self._task, completed=self._total, description="done", refresh=True)
+        self._bar.stop()
+
+    def begin(self, what: str, seconds: float) -> None:
+        """The step before this one, if any, is over; this one takes about ``seconds``."""
+        self.advance(self._current)
+        self._current = seconds
+        if self._console.is_terminal:
+            self._bar.update(self._task, description=what, refresh=True)
+        else:
+            self._console.print(f"{self._done / self._total:4.0%}  {what}", highlight=False, soft_wrap=True)
+
+    def advance(self, seconds: float) -> None:
+        self._done += seconds
+        self._bar.update(self._task, completed=self._done, refresh=True)
+
+
+def _show(results: Row, paths: list[Path]) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    environment = results["environment"]
+    console.print()
+    console.print(
+        f"[bold]{environment['device']}[/], {environment['isa']}, {environment['threads']} threads, "
+        f"torch {environment['torch']}, backend {environment['backend']}, {results['suite']} suite",
+        highlight=False,
+    )
+    for table in (_parity_table(results), _speed_table(results), _memory_table(results), _growth_table(results)):
+        console.print()
+        console.print(table)
+    console.print()
+    for name, run in results["training"]["runs"].items():
+        console.print(
+            f"{results['training']['epochs']} epochs of digits, {name}: loss {run['loss'][0]:.3f} to "
+            f"{run['loss'][-1]:.3f}, test accuracy {run['test_accuracy'][-1]:.1%}",
+            highlight=False,
+        )
+    console.print()
+    for path in paths:
+        console.print(str(path), highlight=False, soft_wrap=True)
+
+
+def _parity_table(results: Row) -> Table:
+    table = _table("Parity with naive, before timing: output, every gradient, running statistics", "subject", "dtype")
+    for column in ("tensors", "worst use of its budget"):
+        table.add_column(column, justify="right")
+    table.add_column("of")
+    for row in results["parity"]:
+        worst = f"{row['worst_use_of_budget']:.0%}"
+        table.add_row(row["subject"], row["dtype"], str(row["tensors"]), worst, row["worst_tensor"])
+    return table
+
+
+def _speed_table(results: Row) -> Table:
+    table = _table("Time, ms: median of interleaved rounds", "subject", "mode", "batch", "dtype", "rounds")
+    for contender in SPEED_CONTENDERS:
+        table.add_column(contender.name, justify="right")
+    table.add_column("fast over naive", justify="right")
+    table.add_column("quartiles", justify="right")
+    subject = None
+    for _, group in groupby(
+        results["speed"], key=lambda row: [row[key] for key in ("title", "mode", "batch", "dtype")]
+    ):
+        rows = {row["contender"]: row for row in group}
+        fast = rows[FAST.name]
+        if subject not in (None, fast["title"]):
+            table.add_section()
+        colour = "green" if fast["speedup_q1"] > 1 else "red" if fast["speedup_q3"] < 1 else "default"
+        table.add_row(
+            fast["title"] if subject != fast["title"] else "",
+            fast["mode"],
+            str(fast["batch"]),
+            fast["dtype"],
+            str(fast["rounds"]),
+            *(f"{rows[contender.name]['ms']:.1f}" for contender in SPEED_CONTENDERS),
+            f"[{colour}]{fast['speedup']:.2f}x[/]",
+            f"{fast['speedup_q1']:.2f}-{fast['speedup_q3']:.2f}",
+        )
+        subject = fast["title"]
+    return table
+
+
+def _memory_table(results: Row) -> Table:
+    table = _table("Memory of training, MB", "network", "batch", "dtype", "contender")
+    for column in ("saved per image", "less", "peak of a step", "less"):
+        table.add_column(column, justify="right")
+    for _, group in groupby(results["memory"], key=lambda row: [row[key] for key in ("title", "batch", "dtype")]):
+        rows = list(group)
+        naive = next(row for row in rows if row["contender"] == NAIVE.name)
+        for row in rows:
+            table.add_row(
+                *([row["title"], str(row["batch"]), row["dtype"]] if row is rows[0] else ["", "", ""]),
+                row["contender"],
+                *_bytes_and_factor(row["saved_bytes"], naive["saved_bytes"], row["batch"]),
+                *_bytes_and_factor(row["peak_bytes"], naive["peak_bytes"], 1),
+            )
+        table.add_section()
+    return table
+
+
+def _bytes_and_factor(value: int | None, naive: int | None, images: int) -> tuple[str, str]:
+    if value is None:
+        return "-", ""
+    return f"{value / images / 1e6:.1f}", f"{naive / value:.1f}x" if naive else ""
+
+
+def _growth_table(results: Row) -> Table:
+    table = _table("Growth of the peak of a training step, MB", "with", "from", "to", "contender")
+    for column in ("first", "last", "grows"):
+        table.add_column(column, justify="right")
+    for (variable, contender), group in groupby(
+        sorted(results["growth"], key=lambda row: row["variable"]), key=lambda row: (row["variable"], row["contender"])
+    ):
+        points = [(row["value"], row["peak_bytes"]) for row in group if row["peak_bytes"] is not None]
+        if len(points) < 2:
+            continue
+        (start, first), (end, last) = points[0], points[-1]
+        numbers = (f"{first / 1e6:.1f}", f"{last / 1e6:.1f}", f"{last / first:.1f}x for {end / start:.1f}x")
+        table.add_row(variable, str(start), str(end), contender, *numbers)
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    return Table(*columns, title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
