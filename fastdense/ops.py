@@ -335,10 +335,7 @@ def _(
     n, _, h, w = grad_out.shape
 
     def like(parameters: list[Tensor], needed: list[bool]) -> list[Tensor]:
-        return [
-            torch.empty_like(p, memory_format=torch.contiguous_format) if need else p.new_empty(0)
-            for p, need in zip(parameters, needed, strict=True)
-        ]
+        return [torch.empty_like(p) if need else p.new_empty(0) for p, need in zip(parameters, needed, strict=True)]
 
     reached = [layer >= first for layer in range(layers.num_layers)]
     reached2 = reached if layers.has_bottleneck else []
@@ -380,7 +377,7 @@ def _fake_norm_grads(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, T
 @torch.library.register_fake("fastdense::transition_backward")
 def _(grad_out: Tensor, x: Tensor, *args: Tensor, need_weight: bool, **options: Any) -> Any:
     weight = args[-1]
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0)
+    dweight = torch.empty_like(weight) if need_weight else weight.new_empty(0)
     return (*_fake_norm_grads(x, args[0], args[1]), dweight)
 
 

@@ -173,7 +173,7 @@ class DenseBlockNeeds(NamedTuple):
 
 
 class DenseBlockGrads(NamedTuple):
-    """Gradients of ``dense_block``, of the dtypes and shapes of what they belong to."""
+    """Gradients of ``dense_block``: the parameters' in their dtypes and strides, x's in channels-last memory."""
 
     x: Tensor
     norm1_weight: list[Tensor]

@@ -42,6 +42,15 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def laid_out_as(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A parameter's gradient in the parameter's dtype and strides, so that accumulating it moves nothing."""
+    gradient = cast(gradient, parameter.dtype)
+    strides = zip(gradient.shape, gradient.stride(), parameter.stride(), strict=True)
+    if all(ours == theirs for size, ours, theirs in strides if size > 1):
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
 def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What convolutions of ``dtype`` compute in: itself, or float32 on CPUs that only emulate it, slowly."""
     if device.type == "cpu" and (

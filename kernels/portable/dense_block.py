@@ -46,6 +46,7 @@ from .batch_norm import (
     gemm_dtype,
     images,
     input_gradient,
+    laid_out_as,
     mask_by_relu_,
     merge_stats,
     norm_sums,
@@ -113,7 +114,8 @@ class _NormReluConv:
             dz, dweight = self._conv_backward(cast(dy, self.compute), cast(z, self.compute), chunk, need_weight)
             da = mask_by_relu_(cast(dz, self.acc), z)
             s1, s2 = norm_sums(da, x, self.vectors)
-            sums = (dweight, s1, s2) if sums is None else tuple(map(torch.add, sums, (dweight, s1, s2)))
+            parts = (cast(dweight, self.acc), s1, s2)
+            sums = parts if sums is None else tuple(map(torch.add, sums, parts))
             self.dweight, self.s1, self.s2 = sums
             yield da
 
@@ -269,7 +271,8 @@ def dense_block_backward(
             )
             grads.norm2_weight[layer] = cast(second.s2, layers.norm2_weight[layer].dtype)
             grads.norm2_bias[layer] = cast(second.s1, layers.norm2_bias[layer].dtype)
-            grads.conv2_weight[layer] = cast(second.dweight, layers.conv2_weight[layer].dtype)
+            if needs.conv2[layer]:
+                grads.conv2_weight[layer] = laid_out_as(second.dweight, layers.conv2_weight[layer])
         else:
             first = block.growth(layer, norm1)
 
@@ -281,7 +284,8 @@ def dense_block_backward(
             through.q[:channels] += first_through.q
         grads.norm1_weight[layer] = cast(first.s2, layers.norm1_weight[layer].dtype)
         grads.norm1_bias[layer] = cast(first.s1, layers.norm1_bias[layer].dtype)
-        grads.conv1_weight[layer] = cast(first.dweight, layers.conv1_weight[layer].dtype)
+        if needs.conv1[layer]:
+            grads.conv1_weight[layer] = laid_out_as(first.dweight, layers.conv1_weight[layer])
 
     if not needs.x:
         return grads

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..contract import Norm, TransitionGrads
-from .batch_norm import gemm_dtype, images, norm_relu, norm_relu_backward, rows
+from .batch_norm import gemm_dtype, images, laid_out_as, norm_relu, norm_relu_backward, rows
 
 
 def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -34,7 +34,7 @@ def transition_backward(
     z = norm_relu(x, norm)
     if need_weight:
         pooled = rows(F.avg_pool2d(z, 2)).to(compute)  # [M/4, C]
-        dweight = (dout.t() @ pooled).to(weight.dtype).view_as(weight)
+        dweight = laid_out_as((dout.t() @ pooled).view(weight.shape), weight)
     else:
         dweight = weight.new_empty(0)
     dpooled = images((dout @ weight.flatten(1).to(compute)).to(z.dtype), x.shape[0], x.shape[2] // 2, x.shape[3] // 2)

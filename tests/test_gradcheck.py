@@ -1,0 +1,265 @@
+"""The maths: every op against finite differences in float64, and every op's registration with ``opcheck``."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.library import opcheck
+
+import fastdense
+from fastdense import ops
+from fastdense.kernels.contract import DenseLayers, Norm
+from fastdense.modules import head, stem_tail
+
+MODES = ("train", "frozen", "mixed")
+OPS = torch.ops.fastdense
+
+
+def set_mode(module, mode):
+    """Frozen: all norms use running statistics. Mixed: every other one does, with epsilons that all differ."""
+    generator = torch.Generator().manual_seed(0)
+    for i, norm in enumerate(m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.train(mode == "train" or (mode == "mixed" and i % 2 == 0))
+        if mode == "mixed":
+            norm.eps = 1e-5 * 10 ** (i % 4)
+        if norm.running_mean is not None:
+            norm.running_mean.normal_(0, 0.3, generator=generator)
+            norm.running_var.uniform_(0.5, 2, generator=generator)
+        if norm.affine:
+            norm.weight.data.uniform_(0.5, 1.5, generator=generator)
+            norm.bias.data.normal_(0, 0.5, generator=generator)
+
+
+def assert_gradients(module, x, run=None):
+    """gradcheck with respect to the input and every parameter. Its differences must not update statistics."""
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None:
+            m.momentum = 0.0
+    names, parameters = zip(*module.named_parameters(), strict=True)
+
+    def function(x, *values):
+        return (
+            torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,)) if run is None else run(x)
+        )
+
+    assert torch.autograd.gradcheck(function, (x, *parameters) if run is None else (x,), fast_mode=False, atol=1e-6)
+
+
+def features(*shape):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"memory_efficient": True}, {"bn_size": None}],
+    ids=["bottleneck", "recomputed", "no bottleneck"],
+)
+def test_block(mode, kwargs):
+    torch.manual_seed(0)
+    block = fastdense.FastDenseBlock(3, 3, **{"bn_size": 2, "growth_rate": 2, **kwargs}).double()
+    set_mode(block, mode)
+    assert_gradients(block, features(2, 3, 3, 4))
+
+
+@pytest.mark.parametrize("bn_size", [2, None])
+def test_block_with_dropout(bn_size):
+    torch.manual_seed(0)
+    block = fastdense.FastDenseBlock(2, 3, bn_size, 2, drop_rate=0.4, drop_every_conv=True).double()
+    set_mode(block, "train")
+
+    def run(x):
+        torch.manual_seed(5)
+        return block(x)
+
+    assert_gradients(block, features(2, 3, 3, 4), run)
+
+
+@pytest.mark.parametrize("mode", ["train", "frozen"])
+def test_transition(mode):
+    torch.manual_seed(0)
+    transition = fastdense.FastTransition(4, 3).double()
+    set_mode(transition, mode)
+    assert_gradients(transition, features(2, 4, 5, 4))
+
+
+class StemTail(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.norm, self.relu, self.pool = nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+
+    def forward(self, x):
+        return stem_tail(self.norm, self.relu, self.pool, x)
+
+
+class Head(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return head(self.norm, x, None)
+
+
+@pytest.mark.parametrize("mode", ["train", "frozen"])
+@pytest.mark.parametrize("kind", [StemTail, Head])
+def test_stem_tail_and_head(kind, mode):
+    module = kind(3).double()
+    set_mode(module, mode)
+    assert_gradients(module, features(2, 3, 5, 6))
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}], ids=str)
+@pytest.mark.parametrize("train", [True, False])
+def test_norms_without_parameters_or_running_statistics(options, train):
+    torch.manual_seed(0)
+    block = fastdense.FastDenseBlock(2, 3, 2, 2).double()
+    for layer in block.values():
+        for name in ("norm1", "norm2"):
+            setattr(layer, name, nn.BatchNorm2d(getattr(layer, name).num_features, **options).double())
+    block.train(train)
+    assert_gradients(block, features(2, 3, 3, 4))
+
+
+def test_a_whole_network_equals_the_reference_in_float64():
+    """Statistics and layouts cross the borders of the modules."""
+    torch.manual_seed(0)
+    stock = fastdense.reference.DenseNet(3, (2, 2), 4, 2, num_classes=3).double()
+    fast = fastdense.convert(stock)
+    x = features(3, 3, 32, 40)
+    for mode in MODES:
+        gradients = []
+        for model in (stock, fast):
+            set_mode(model, mode)
+            out = model(x)
+            gradients.append([out, *torch.autograd.grad(out.square().sum(), [x, *model.parameters()])])
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+# -- what is not needed is not computed, and what is needed is right ------------------------------------------
+
+
+@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_gradients_that_are_not_required(needed):
+    torch.manual_seed(0)
+    need_x, need_first, need_last = needed
+    stock = fastdense.reference.DenseBlock(3, 3, 2, 2).double()
+    fast = fastdense.convert(stock)
+    gradients = []
+    for block in (stock, fast):
+        for name, p in block.named_parameters():
+            p.requires_grad_((need_first and name == "denselayer1.conv2.weight") or (need_last and "layer3" in name))
+        x = features(2, 3, 3, 4).detach().requires_grad_(need_x)
+        inputs = [t for t in (x, *block.parameters()) if t.requires_grad]
+        out = block(x)
+        gradients.append(torch.autograd.grad(out.square().sum(), inputs) if inputs else [out])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# -- opcheck ----------------------------------------------------------------------------------------------------
+
+
+def block_arguments(bn_size, dtype, mode="train", drop=False):
+    torch.manual_seed(0)
+    block = fastdense.FastDenseBlock(2, 3, bn_size, 2, drop_rate=0.3 if drop else 0.0, drop_every_conv=True).to(dtype)
+    set_mode(block, mode)
+    x = torch.randn(2, 3, 4, 3, dtype=dtype)
+    layers = block._gather(x, channels_last=False)
+    options = dict(zip(DenseLayers._fields[12:], layers[12:], strict=True)) | {"dtype": dtype, "backend": "torch"}
+    return x, [list(tensors) for tensors in layers[:12]], options
+
+
+def requiring(tensors, requires_grad):
+    if isinstance(tensors, list):
+        return [requiring(t, requires_grad) for t in tensors]
+    return tensors.detach().requires_grad_(requires_grad and tensors.is_floating_point())
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("bn_size", "mode", "drop", "keep"),
+    [(2, "train", False, True), (2, "mixed", True, False), (None, "train", True, True), (2, "frozen", False, True)],
+)
+def test_opcheck_dense_block(bn_size, mode, drop, keep, dtype, requires_grad):
+    x, lists, options = block_arguments(bn_size, dtype, mode, drop)
+    parameters = [*lists[:2], *lists[4:7], lists[9]]
+    for tensors in parameters:
+        tensors[:] = requiring(tensors, requires_grad)
+    opcheck(OPS.dense_block.default, (requiring(x, requires_grad), *lists), {**options, "save_bottleneck": keep})
+
+
+@pytest.mark.parametrize("bn_size", [2, None])
+@pytest.mark.parametrize("need", [True, False])
+def test_opcheck_dense_block_backward(bn_size, need):
+    x, lists, options = block_arguments(bn_size, torch.float64)
+    lists = requiring(lists, False)
+    output = OPS.dense_block(x, *lists, **options, save_bottleneck=True)
+    needs = [need] * 2
+    inner = needs if bn_size else []
+    opcheck(
+        OPS.dense_block_backward.default,
+        (torch.randn_like(output[0]), *output, *lists),
+        {**options, "x_dtype": x.dtype, "need_x": need, "need_norm1": [True, True], "need_conv1": needs}
+        | {"need_norm2": inner, "need_conv2": inner},
+    )
+
+
+@pytest.mark.parametrize("bn_size", [2, None])
+def test_opcheck_dense_block_inference(bn_size):
+    x, lists, options = block_arguments(bn_size, torch.float64, "frozen")
+    opcheck(OPS.dense_block_inference.default, (x, *requiring(lists, False)), options)
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("batch_stats", [True, False])
+@pytest.mark.parametrize("name", ["transition", "stem_tail", "head"])
+def test_opcheck_transition_stem_tail_and_head(name, batch_stats, requires_grad):
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64)
+    mean, var = ops.channel_stats(x, backend="torch")
+    weights = [torch.rand(3, dtype=torch.float64) for _ in range(2)]
+    conv = [torch.randn(2, 3, 1, 1, dtype=torch.float64)] if name == "transition" else []
+    options = {"eps": 1e-5, "batch_stats": batch_stats, "backend": "torch"}
+    if conv:
+        options["dtype"] = torch.float64
+    inputs = requiring([x, *weights], requires_grad)
+    conv = requiring(conv, requires_grad)
+    opcheck(getattr(OPS, name).default, (*inputs, mean, var, *conv), options)
+    if not requires_grad:
+        out = getattr(OPS, name)(*inputs, mean, var, *conv, **options)
+        if conv:
+            options["need_weight"] = batch_stats
+        backward = getattr(OPS, f"{name}_backward").default
+        opcheck(backward, (torch.randn_like(out), *inputs, mean, var, *conv), options)
+
+
+def test_opcheck_channel_stats():
+    opcheck(OPS.channel_stats.default, (torch.randn(2, 3, 4, 5),), {"backend": "torch"})
+
+
+# -- errors name what was expected and what came -----------------------------------------------------------------
+
+
+def test_wrong_shapes():
+    x, lists, options = block_arguments(2, torch.float32)
+    layers = DenseLayers(*lists, **{k: v for k, v in options.items() if k in DenseLayers._fields})
+    run = {"dtype": torch.float32, "save_bottleneck": True, "backend": "torch"}
+    with pytest.raises(ValueError, match=r"dense_block: x must be \[N, C, H, W\], got shape \[3, 4, 3\]"):
+        ops.dense_block(x[0], layers, **run)
+    expected = r"layer 0: norm1_weight must be \[2\] for x \[2, 2, 4, 3\], got \[3\]"
+    with pytest.raises(ValueError, match=expected):
+        ops.dense_block(x[:, :2], layers, **run)
+    with pytest.raises(ValueError, match="every norm must use running statistics"):
+        ops.dense_block_inference(x, layers, dtype=torch.float32, backend="torch")
+    with pytest.raises(ValueError, match="no kernels for backend 'triton'; there are torch"):
+        ops.dense_block(x, layers, **{**run, "backend": "triton"})
+    norm = Norm(*[torch.ones(3)] * 4, 1e-5, False)
+    with pytest.raises(ValueError, match=r"transition: conv_weight must be \[C', 3, 1, 1\], got shape \[2, 4, 1, 1\]"):
+        ops.transition(x, norm, torch.ones(2, 4, 1, 1), dtype=torch.float32, backend="torch")
+    with pytest.raises(ValueError, match="transition: H and W must be at least 2"):
+        ops.transition(x[:, :, :1], norm, torch.ones(2, 3, 1, 1), dtype=torch.float32, backend="torch")
+    with pytest.raises(ValueError, match=r"head: norm weight must be \[2\] like the channels of x"):
+        ops.head(x[:, :2], norm, backend="torch")
