@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from . import backends, ops, reference
@@ -173,7 +174,7 @@ def head(norm: nn.BatchNorm2d, x: Tensor, stats: ChannelStats | None) -> Tensor:
 
 def _fast_backend(module: nn.Module, x: Tensor, obstacle: Callable[[], str | None] = lambda: None) -> str | None:
     """The backend for ``x``, or ``None`` where the reference must run: on request, or for a reason warned of."""
-    if not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0 or _is_transformed():
         return None  # the reference knows what PyTorch does with these
     backend = backends.select(x.device)
     if backend == backends.REFERENCE:
@@ -186,6 +187,13 @@ def _fast_backend(module: nn.Module, x: Tensor, obstacle: Callable[[], str | Non
         message = f"{type(module).__name__} runs the reference implementation, without its savings: {reason}"
         warnings.warn(message, FallbackWarning, stacklevel=3)
     return None
+
+
+def _is_transformed() -> bool:
+    """Inside torch.func's vmap, grad or jvp, or forward-mode differentiation, of which the ops know nothing."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def hooked(module: nn.Module) -> str | None:

@@ -462,3 +462,20 @@ def _register_norm_autograd(name: str) -> None:
 
 for _name in ("transition", "stem_tail", "head"):
     _register_norm_autograd(_name)
+
+
+def _refuse_gradient(name: str) -> None:
+    """Have autograd end at an op with an error, not with the gradients of what happens inside it."""
+
+    def gradient(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(
+            f"fastdense::{name} is not differentiable (for second derivatives, run the model inside "
+            'fastdense.use_backend("reference"))'
+        )
+
+    torch.library.register_autograd(f"fastdense::{name}", gradient)
+
+
+for _name in _SCHEMAS:
+    if _name.endswith("_backward") or _name in ("dense_block_inference", "channel_stats"):
+        _refuse_gradient(_name)
