@@ -29,7 +29,7 @@ from .kernels.contract import (
 
 _LIST_FIELDS = DenseLayers._fields[:12]  # Tensor[]
 _PLAIN_FIELDS = DenseLayers._fields[12:]
-_NUM_PARAMETER_LISTS = 6
+_PARAMETER_FIELDS = ("norm1_weight", "norm1_bias", "conv1_weight", "norm2_weight", "norm2_bias", "conv2_weight")
 
 _LAYERS = ", ".join(f"Tensor[] {field}" for field in _LIST_FIELDS)
 _LAYER_OPTIONS = (
@@ -96,7 +96,7 @@ def dense_block(
     Source: DenseNet (arXiv 1608.06993), section 3; batch statistics per channel, not per norm.
     """
     _check_layers("dense_block", x, layers)
-    lists, options = layers[:12], dict(zip(_PLAIN_FIELDS, layers[12:], strict=True))
+    lists, options = _flattened(layers)
     return DenseBlockOutput(
         *torch.ops.fastdense.dense_block(
             x, *lists, **options, dtype=dtype, save_bottleneck=save_bottleneck, backend=backend
@@ -109,7 +109,7 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, *, dtype: torch.dtype,
     _check_layers("dense_block_inference", x, layers)
     uses_batch = any(layers.norm1_batch_stats) or any(layers.norm2_batch_stats)
     _check(not uses_batch, "dense_block_inference: every norm must use running statistics")
-    lists, options = layers[:12], dict(zip(_PLAIN_FIELDS, layers[12:], strict=True))
+    lists, options = _flattened(layers)
     return torch.ops.fastdense.dense_block_inference(x, *lists, **options, dtype=dtype, backend=backend)
 
 
@@ -149,6 +149,11 @@ def head(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
     """
     _check_norm("head", x, norm)
     return torch.ops.fastdense.head(x, *norm[:4], eps=norm.eps, batch_stats=norm.batch_stats, backend=backend)
+
+
+def _flattened(layers: DenseLayers) -> tuple[list[list[Tensor]], dict[str, Any]]:
+    """The ops' positional and keyword arguments."""
+    return list(layers[: len(_LIST_FIELDS)]), dict(zip(_PLAIN_FIELDS, layers[len(_LIST_FIELDS) :], strict=True))
 
 
 def _check(condition: bool, message: str, *shapes: torch.Size) -> None:
@@ -405,9 +410,9 @@ def _dense_block_context(
 
 def _dense_block_gradient(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Any, ...]:
     need_x, *need_lists = ctx.needs_input_grad
-    nothing = [[None] * length for length in ctx.lengths]
+    result: list[list[Tensor | None]] = [[None] * length for length in ctx.lengths]
     if grad_out is None:
-        return (None, *nothing)
+        return (None, *result)
     saved = list(ctx.saved_tensors)
     output, rest = saved[:6], iter(saved[6:])
     lists = [[next(rest) for _ in range(length)] for length in ctx.lengths]
@@ -431,11 +436,9 @@ def _dense_block_gradient(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[
     by_field = dict(zip(_PARAMETER_FIELDS, gradients, strict=True))
     for i, field in enumerate(_LIST_FIELDS):
         if field in by_field:
-            nothing[i] = [g if needed else None for g, needed in zip(by_field[field], need[field], strict=True)]
-    return (dx if need_x else None, *nothing)
+            result[i] = [g if needed else None for g, needed in zip(by_field[field], need[field], strict=True)]
+    return (dx if need_x else None, *result)
 
-
-_PARAMETER_FIELDS = ("norm1_weight", "norm1_bias", "conv1_weight", "norm2_weight", "norm2_bias", "conv2_weight")
 
 torch.library.register_autograd("fastdense::dense_block", _dense_block_gradient, setup_context=_dense_block_context)
 
