@@ -23,7 +23,7 @@ plots: $(INSTALLED)  ## draw the plots again from the saved results
 	$(BIN)/python -m fastdense.benchmarks.plots
 
 test: $(INSTALLED)  ## everything that can run on this machine
-	$(BIN)/pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -290,7 +290,7 @@ class Suite:
 
 def deep_densenet(depth: int) -> Network:
     """A DenseNet-BC of growth rate 12, in which parameters stay few enough for activations to be what grows."""
-    return Network("densenet_cifar", 32, arguments=dict(depth=depth))
+    return Network("densenet_cifar", 32, arguments=dict(depth=depth, growth_rate=12))
 
 
 SUITES = {

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,8 @@ from .cases import MemoryCase, Workload
 
 _STATUS = Path("/proc/self/status")
 _RESET_PEAK = Path("/proc/self/clear_refs")
+
+CAN_MEASURE_CPU_PEAK = _STATUS.exists() and os.access(_RESET_PEAK, os.W_OK)
 
 _ALLOCATE_EXACTLY = {
     "MALLOC_ARENA_MAX": "1",
@@ -85,8 +87,8 @@ class Meter:
             except torch.OutOfMemoryError:
                 return Bytes(None, None, "out of GPU memory")
         if self._server is None:
-            measured = measure(MemoryCase(case.subject, case.contender, case.batch, "cpu", case.dtype_name, peak=False))
-            return Bytes(measured.saved, None, "the peak of a CPU process is read from /proc, which is not here")
+            saved = measure(replace(case, peak=False)).saved
+            return Bytes(saved, None, "the peak of a CPU process is read from /proc of Linux, which is not here")
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         pickle.dump(case, self._server.stdin)
@@ -97,7 +99,7 @@ class Meter:
 @contextmanager
 def meter(device: str) -> Iterator[Meter]:
     """A :class:`Meter`, whose server lives inside the ``with`` block."""
-    if device != "cpu" or not _STATUS.exists():
+    if device != "cpu" or not CAN_MEASURE_CPU_PEAK:
         yield Meter(None)
         return
     command = [sys.executable, "-m", __name__]
@@ -111,6 +113,7 @@ def meter(device: str) -> Iterator[Meter]:
 
 def _serve() -> None:
     """Answer every pickled case on standard input with a line of JSON, measured in a fork."""
+    torch.optim.SGD([torch.zeros(1)])  # imports what every fork would have to import
     while True:
         try:
             case = pickle.load(sys.stdin.buffer)

@@ -17,7 +17,6 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from .cases import FAST, FAST_RECOMPUTING, MODES, NAIVE, NAIVE_CONTIGUOUS, NAIVE_RECOMPUTING
@@ -128,19 +127,15 @@ def _speed(rows: list[Row], dtype: str, environment: Row) -> Figure:
                     axes.errorbar(row["speedup"], place + offset, xerr=[[low], [high]], color=_INK, lw=1, capsize=2)
                 factor = f"{row['speedup']:.2f}x  " if contender != NAIVE.name else ""
                 beyond_line = max(row["speedup_q3"], 1)
-                _annotate(axes, f"{factor}{_milliseconds(row['ms'])}", beyond_line, place + offset, contender)
+                _annotate(axes, f"{factor}{_number(row['ms'])} ms", beyond_line, place + offset, contender)
         axes.axvline(1, color=_COLOURS[NAIVE.name], lw=1)
-        axes.set_xlim(0, 1.45 * max(row["speedup_q3"] for row in rows if row["mode"] == mode))
+        axes.set_xlim(0, 1.55 * max((row["speedup_q3"] for row in rows if row["mode"] == mode), default=1))
         axes.set_xlabel("times as fast as naive, channels-last")
         axes.grid(axis="y", visible=False)
     panels[0].set_yticks(range(len(groups)), [f"{subject}\nbatch {batch}" for subject, batch in groups])
     panels[0].invert_yaxis()
-    _legend(figure, contenders, "median of interleaved rounds, whiskers: quartiles")
+    _legend(figure, contenders, "medians of interleaved rounds; whiskers: quartiles")
     return figure
-
-
-def _milliseconds(ms: float) -> str:
-    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
 
 
 # -- memory ---------------------------------------------------------------------------------------------------
@@ -153,12 +148,15 @@ def _memory(rows: list[Row], environment: Row) -> Figure:
         ("saved by the forward for the backward", "MB per image", lambda row: _mega(row["saved_bytes"], row["batch"])),
         ("peak of a training step", "MB above the model and the batch", lambda row: _mega(row["peak_bytes"])),
     ]
+    panels = [panel for panel in panels if any(panel[2](row) is not None for row in rows)]
     groups = [
         list(dict.fromkeys((r["title"], r["batch"], r["dtype"]) for r in rows if value(r) is not None))
         for _, _, value in panels
     ]
     figure = _figure(14, 2.2 + 1.2 * max(map(len, groups)), "Memory of training: shorter is better", environment)
-    for axes, (title, unit, value), shown in zip(figure.subplots(1, 2), panels, groups, strict=True):
+    for axes, (title, unit, value), shown in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, groups, strict=True
+    ):
         axes.set_title(title)
         for place, (network, batch, dtype) in enumerate(shown):
             for i, contender in enumerate(contenders):
@@ -170,14 +168,18 @@ def _memory(rows: list[Row], environment: Row) -> Figure:
                 axes.barh(height, width, 0.18, color=_COLOURS[contender])
                 naive = _pick(rows, title=network, batch=batch, dtype=dtype, contender=NAIVE.name)
                 _annotate(
-                    axes, f"{width:.3g} MB{_less(width, value(naive) if naive else None)}", width, height, contender
+                    axes,
+                    f"{_number(width)} MB{_less(width, value(naive) if naive else None)}",
+                    width,
+                    height,
+                    contender,
                 )
         axes.set_yticks(range(len(shown)), [f"{n}\n{d}, batch {b}" for n, b, d in shown])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.15 * axes.get_xlim()[1])
         axes.set_xlabel(unit)
         axes.grid(axis="y", visible=False)
-    _legend(figure, contenders, "measured")
+    _legend(figure, contenders, "in brackets: against naive concatenation")
     return figure
 
 
@@ -196,24 +198,28 @@ def _mega(value: int | None, images: int = 1) -> float | None:
 def _growth(rows: list[Row], environment: Row) -> Figure:
     """Measured points; with depth, the polynomials that theory expects through them."""
     variables = list(dict.fromkeys(row["variable"] for row in rows))
-    quantities = [("peak_bytes", "peak of a training step, MB"), ("saved_bytes", "saved for backward, MB")]
-    figure = _figure(14, 8.5, "Growth of training memory", environment)
-    for line, (key, unit) in zip(figure.subplots(2, len(variables), squeeze=False), quantities, strict=True):
+    quantities = {"peak_bytes": "peak of a training step (MB)", "saved_bytes": "saved for backward (MB)"}
+    measured = [key for key in quantities if any(row[key] is not None for row in rows)]
+    figure = _figure(14, 1.3 + 3.6 * len(measured), "Growth of training memory", environment)
+    for line, key in zip(figure.subplots(len(measured), len(variables), squeeze=False), measured, strict=True):
         for axes, variable in zip(line, variables, strict=True):
             shown = [row for row in rows if row["variable"] == variable and row[key] is not None]
-            for contender in (NAIVE.name, FAST.name):
-                points = [(row["value"], row[key] / 1e6) for row in shown if row["contender"] == contender]
-                _curve(axes, points, contender, _expected_degree(variable, contender))
+            points = {
+                contender: {row["value"]: row[key] / 1e6 for row in shown if row["contender"] == contender}
+                for contender in (NAIVE.name, FAST.name)
+            }
+            for contender, curve in points.items():
+                _curve(axes, curve, contender, _expected_degree(variable, contender), points[NAIVE.name])
             axes.set_title(_growth_title(variable, shown))
             axes.set_xlabel(_VARIABLES[variable])
-            axes.set_ylabel(unit)
+            axes.set_ylabel(quantities[key])
             axes.set_xlim(0, 1.05 * max(row["value"] for row in shown))
             axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
     _legend(figure, [NAIVE.name, FAST.name], "dots: measured; lines: least-squares fits of the expected degree")
     return figure
 
 
-_VARIABLES = {"depth": "depth, layers", "batch": "batch, images", "resolution": "height and width, pixels"}
+_VARIABLES = {"depth": "depth", "batch": "images in a batch", "resolution": "height and width (pixels)"}
 
 
 def _expected_degree(variable: str, contender: str) -> int:
@@ -224,20 +230,26 @@ def _expected_degree(variable: str, contender: str) -> int:
 def _growth_title(variable: str, rows: list[Row]) -> str:
     """The network and what is held fixed."""
     row = rows[0]
-    fixed = [row["subject"]]
+    arguments = ", ".join(f"{name}={value}" for name, value in row["arguments"].items() if name != variable)
+    fixed = [f"{row['subject']}({arguments})" if arguments else row["subject"]]
     fixed += [f"{row['size']}x{row['size']}"] if variable != "resolution" else []
     fixed += [f"batch {row['batch']}"] if variable != "batch" else []
     return ", ".join((*fixed, row["dtype"]))
 
 
-def _curve(axes: Axes, points: list[tuple[int, float]], contender: str, degree: int) -> None:
-    x, y = np.array(points).T
+def _curve(axes: Axes, points: dict[int, float], contender: str, degree: int, naive: dict[int, float]) -> None:
+    """MB over what grows; the last point is labelled with how much less than naive it is."""
+    if not points:
+        return
+    x, y = np.array(list(points.items())).T
     colour = _COLOURS[contender]
     axes.plot(x, y, "o", color=colour, ms=6)
     if len(points) > degree + 1:
         every_x = np.linspace(x[0], x[-1], 100)
         axes.plot(every_x, np.polyval(np.polyfit(x, y, degree), every_x), color=colour, lw=1.5)
-    axes.annotate(f"{y[-1]:.3g} MB", (x[-1], y[-1]), (0, 8), textcoords="offset points", ha="right", color=colour)
+    label = f"{_number(y[-1])} MB{_less(y[-1], naive.get(x[-1]))}"
+    readable = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+    axes.annotate(label, (x[-1], y[-1]), (4, 9), textcoords="offset points", ha="right", color=colour, bbox=readable)
 
 
 # -- training -------------------------------------------------------------------------------------------------
@@ -261,11 +273,12 @@ def _training(training: Row, environment: Row) -> Figure:
         f"test accuracy\nnaive {accuracy['naive']:.1%}\nfast {accuracy['fast']:.1%}",
         (0.98, 0.95), xycoords="axes fraction", ha="right", va="top",
     )  # fmt: skip
-    below.semilogy(epochs, np.abs(losses["fast"] - losses["naive"]), color=_INK, lw=1)
+    rounding = np.finfo(np.float32).eps
+    below.semilogy(epochs, np.maximum(np.abs(losses["fast"] - losses["naive"]), rounding), color=_INK, lw=1)
     below.set_ylabel("difference")
     below.set_xlabel("epoch")
     below.set_xlim(0, training["epochs"])
-    _legend(figure, [NAIVE.name, FAST.name], "rounding differs, and training amplifies it")
+    _legend(figure, [NAIVE.name, FAST.name], "the difference starts as a rounding, which training amplifies")
     return figure
 
 
@@ -283,7 +296,7 @@ def _figure(width: float, height: float, title: str, environment: Row) -> Figure
     where = [
         environment["device"],
         environment["isa"] if environment["device_type"] == "cpu" else f"CUDA {environment['cuda']}",
-        f"{environment['threads']} threads" if environment["device_type"] == "cpu" else "",
+        f"threads: {environment['threads']}" if environment["device_type"] == "cpu" else "",
         f"torch {environment['torch']}",
         f"fastdense {environment['fastdense']}, {environment['backend']} backend",
         f"commit {environment['commit']}" if environment["commit"] else "",
@@ -295,13 +308,11 @@ def _figure(width: float, height: float, title: str, environment: Row) -> Figure
 
 
 def _legend(figure: Figure, contenders: list[str], note: str) -> None:
-    """Under the title: the contenders' colours and a note."""
-    handles = [
-        *(Patch(color=_COLOURS[name], label=_LABELS[name]) for name in contenders),
-        Line2D([], [], linestyle="none", label=f"({note})"),
-    ]
-    below_title = (0.002, 1 - 0.42 / figure.get_figheight())
-    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=below_title, ncols=len(handles), fontsize=9.5)
+    """Under the title: the contenders' colours, and a note on the right."""
+    y = 1 - 0.42 / figure.get_figheight()
+    handles = [Patch(color=_COLOURS[name], label=_LABELS[name]) for name in contenders]
+    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.002, y), ncols=len(handles), fontsize=9.5)
+    figure.text(0.99, y - 0.11 / figure.get_figheight(), note, ha="right", va="top", fontsize=9.5)
 
 
 def _annotate(axes: Axes, text: str, x: float, y: float, contender: str) -> None:
@@ -310,6 +321,11 @@ def _annotate(axes: Axes, text: str, x: float, y: float, contender: str) -> None
     axes.annotate(
         text, (x, y), (5, 0), textcoords="offset points", va="center", fontsize=8.5, fontweight=weight
     )  # fmt: skip
+
+
+def _number(value: float) -> str:
+    """Three digits, and whole numbers from a hundred on."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _pick(rows: list[Row], **wanted: Any) -> Row | None:

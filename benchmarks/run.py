@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps(results))
     else:
-        _show(results, [path, *pictures])
+        show(results, [path, *pictures])
     return 0 if passed else 1
 
 
@@ -214,7 +214,8 @@ class _Steps:
         self._bar.update(self._task, completed=self._done, refresh=True)
 
 
-def _show(results: Row, paths: list[Path]) -> None:
+def show(results: Row, paths: Sequence[Path]) -> None:
+    """Print tables of one run, and where it was saved."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)

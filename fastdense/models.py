@@ -53,7 +53,7 @@ class FastDenseNet(reference.DenseNet):
             elif isinstance(stage, FastDenseBlock) and not hooked(stage):
                 x, stats = stage.forward_with_stats(x, channels_last)
             elif isinstance(stage, FastTransition) and not hooked(stage):
-                x, stats = stage.forward(x, stats), None
+                x, stats = stage.forward(x, stats, channels_last), None
             else:
                 x, stats = stage(x), None
                 channels_last = is_channels_last(x)

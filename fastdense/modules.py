@@ -51,7 +51,7 @@ class FastDenseBlock(reference.DenseBlock):
         ``channels_last``: the reference's features would have that layout, even if x's does not say so.
         """
         backend = _fast_backend(self, x, self._obstacle)
-        if backend is None or not _same_dtype(x, self._layers()[0].conv1.weight):
+        if backend is None or not _stock_computes(x, self._layers()[0].norm1, self._layers()[0].conv1.weight):
             return super().forward(x), None
         layers = self._gather(x, channels_last)
         dtype = _conv_dtype(x, layers.conv1_weight[0])
@@ -136,12 +136,18 @@ class FastTransition(reference.Transition):
     Shapes: [N, C, H, W] in any strides -> [N, C', H//2, W//2] in dense channels-last memory.
     """
 
-    def forward(self, x: Tensor, stats: ChannelStats | None = None) -> Tensor:
-        """``stats``: the batch statistics of x where they are known already."""
+    def forward(self, x: Tensor, stats: ChannelStats | None = None, channels_last: bool = True) -> Tensor:
+        """``stats``: the batch statistics of x where they are known already.
+
+        ``channels_last``: the reference's features would have that layout, on which its dropout depends.
+        """
         backend = _fast_backend(self, x, self._obstacle)
-        if backend is None or self._drops() or not _same_dtype(x, self.conv.weight):
+        norm_module = cast(nn.BatchNorm2d, self.norm)
+        if backend is None or not _stock_computes(x, norm_module, self.conv.weight):
             return super().forward(x)
-        norm = _norm_for(cast(nn.BatchNorm2d, self.norm), x, stats, backend)
+        if self._drops():
+            return super().forward(x if channels_last else x.contiguous())
+        norm = _norm_for(norm_module, x, stats, backend)
         dtype = _conv_dtype(x, self.conv.weight)
         return ops.transition(x, norm, self.conv.weight, dtype=dtype, backend=backend)
 
@@ -156,7 +162,7 @@ class FastTransition(reference.Transition):
 def stem_tail(norm: nn.BatchNorm2d, relu: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
     """``pool(relu(norm(x)))`` in one pass where the three are a stem's, else one by one."""
     backend = None if any(map(_unusual, (norm, relu, pool))) else _fast_backend(norm, x)
-    if backend is None:
+    if backend is None or not _stock_computes(x, norm):
         return pool(relu(norm(x)))
     return ops.stem_tail(x, _norm_for(norm, x, None, backend), backend=backend)
 
@@ -164,7 +170,7 @@ def stem_tail(norm: nn.BatchNorm2d, relu: nn.Module, pool: nn.Module, x: Tensor)
 def head(norm: nn.BatchNorm2d, x: Tensor, stats: ChannelStats | None) -> Tensor:
     """norm, ReLU and global average pool of [N, C, H, W] in one pass where possible: [N, C]."""
     backend = None if _unusual(norm) else _fast_backend(norm, x)
-    if backend is None:
+    if backend is None or not _stock_computes(x, norm):
         return torch.flatten(F.adaptive_avg_pool2d(F.relu(norm(x), inplace=True), (1, 1)), 1)
     return ops.head(x, _norm_for(norm, x, stats, backend), backend=backend)
 
@@ -184,9 +190,16 @@ def _fast_backend(module: nn.Module, x: Tensor, obstacle: Callable[[], str | Non
         return backend
     if not getattr(module, "_warned_of_fallback", False):
         module.__dict__["_warned_of_fallback"] = True
-        message = f"{type(module).__name__} runs the reference implementation, without its savings: {reason}"
-        warnings.warn(message, FallbackWarning, stacklevel=3)
+        _warn(f"{type(module).__name__} runs the reference implementation, without its savings: {reason}")
     return None
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, FallbackWarning, stacklevel=4)
+
+
+# Dynamo cannot trace a warning, and need not: this is torch.compiler.assume_constant_result without importing Dynamo
+_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_transformed() -> bool:
@@ -282,9 +295,13 @@ def _conv_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else weight.dtype
 
 
-def _same_dtype(x: Tensor, weight: Tensor) -> bool:
-    """Whether a stock convolution of x would run; where not, the reference raises PyTorch's error."""
-    return weight.dtype != torch.float64 if _autocasts(x) else x.dtype == weight.dtype
+def _stock_computes(x: Tensor, norm: nn.BatchNorm2d, weight: Tensor | None = None) -> bool:
+    """Whether stock PyTorch takes x in this norm and this convolution; where not, the reference raises its error."""
+    if weight is not None and (weight.dtype == torch.float64 if _autocasts(x) else x.dtype != weight.dtype):
+        return False
+    vector = norm.weight if norm.weight is not None else norm.running_mean
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return vector is None or vector.dtype == x.dtype or (half and vector.dtype == torch.float32)
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -364,7 +381,7 @@ def _update_running_stats(norms: Sequence[nn.BatchNorm2d], stats: Sequence[Chann
         values = [batch.mean for _, batch in group] + list(unbiased)
         values = [value.to(target.dtype) for value, target in zip(values, running, strict=True)]
         if momentum is None:  # the average of all batches so far
-            shares = [_buffer(norm, "num_batches_tracked").reciprocal() for norm, _ in group] * 2
+            shares = [_buffer(norm, "num_batches_tracked").double().reciprocal() for norm, _ in group] * 2
             for target, value, share in zip(running, values, shares, strict=True):
                 target.lerp_(value, share.to(target.dtype))
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -12,6 +11,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable
+from importlib.metadata import distribution, distributions
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ import pytest
 import fastdense
 
 pytestmark = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("pip", "setuptools"))), reason="building a wheel needs pip and setuptools"
+    not all(any(distributions(name=name)) for name in ("pip", "setuptools")),
+    reason="building a wheel needs pip and setuptools",
 )
 
 CHECKOUT = Path(__file__).parents[1]
@@ -71,7 +72,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def packages_of(name: str) -> Path:
     """The folder that a package is installed in."""
-    return Path(importlib.util.find_spec(name).origin).parents[1]
+    return Path(str(distribution(name).locate_file("")))
 
 
 def link(packages: Path, folder: Path, wanted: Callable[[str], bool]) -> None:

@@ -13,7 +13,6 @@ Source: Ioffe and Szegedy 2015 (arXiv 1502.03167); merging of statistics: Chan e
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -82,31 +81,22 @@ def affine_relu(x: Tensor, vectors: Affine) -> Tensor:
     return torch.addcmul(vectors.shift, cast(x, vectors.scale.dtype), vectors.scale).relu_()
 
 
-def _lanes(count: int) -> int:
-    """Into how many interleaved parts a sum over rows is cut: long float32 sums on CPUs lose digits."""
-    return math.gcd(count, 64)
-
-
-def _as_lanes(x: Tensor, lanes: int) -> Tensor:
-    """Dense [M, C] as one channels-last image whose channels are ``lanes`` interleaved parts of its rows."""
-    return x.view(-1, lanes * x.shape[1]).t()[None, :, :, None]
-
-
 def row_stats(x: Tensor) -> ChannelStats:
-    """Mean and biased variance over the rows of dense [M, C], in the accumulator dtype."""
-    count, channels = x.shape
-    lanes = _lanes(count)
+    """Mean and biased variance over the rows of [M, C], in the accumulator dtype.
+
+    PyTorch adds up rows pairwise, so no digits are lost in long sums; what the rounded mean is off, for a channel
+    whose mean is far larger than its deviation, the deviations themselves tell.
+    """
     x = cast(x, accumulator_dtype(x.dtype))
-    mean, var = torch.batch_norm_update_stats(_as_lanes(x, lanes), None, None, 0.0)
-    if lanes == 1:
-        return ChannelStats(mean, var)
-    var_of_means, mean = torch.var_mean(mean.view(lanes, channels), 0, correction=0)
-    return ChannelStats(mean, var.view(lanes, channels).mean(0).add_(var_of_means))
+    mean = x.mean(0)
+    deviation = x - mean
+    off = deviation.mean(0)
+    return ChannelStats(mean + off, deviation.square_().mean(0).addcmul_(off, off, value=-1))
 
 
 def channel_stats(x: Tensor) -> ChannelStats:
     """Mean and biased variance of each channel of [N, C, H, W], in the accumulator dtype."""
-    return row_stats(rows(x).contiguous())
+    return row_stats(rows(x))
 
 
 def zero_stats(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> ChannelStats:
@@ -131,14 +121,8 @@ def mask_by_relu_(dz: Tensor, z: Tensor) -> Tensor:
 
 
 def norm_sums(da: Tensor, x: Tensor, vectors: Affine) -> tuple[Tensor, Tensor]:
-    """s1 = sum(da) [C] and s2 = sum(da * xhat) [C] over the rows of dense [M, C], both of the accumulator dtype."""
-    count, channels = da.shape
-    lanes = _lanes(count)
-    mean, rstd = vectors.mean.repeat(lanes), vectors.rstd.repeat(lanes)
-    _, s2, s1 = torch.ops.aten.native_batch_norm_backward(
-        _as_lanes(da, lanes), _as_lanes(x, lanes), rstd, None, None, mean, rstd, True, 0.0, [False, True, True]
-    )
-    return s1.view(lanes, channels).sum(0), s2.view(lanes, channels).sum(0)
+    """s1 = sum(da) [C] and s2 = sum(da * xhat) [C] over the rows of [M, C], both of the accumulator dtype."""
+    return da.sum(0), (x - vectors.mean).mul_(da).sum(0).mul_(vectors.rstd)
 
 
 class Correction(NamedTuple):
