@@ -218,7 +218,7 @@ def hooked(module: nn.Module) -> str | None:
         return "its forward was replaced"
     if module._compiled_call_impl is not None:
         return "it is compiled by itself"
-    return None
+    return "modules have global hooks" if _global_hooks() else None
 
 
 def _obstacle_in(module: nn.Module, parts: Sequence[str]) -> str | None:
@@ -245,7 +245,7 @@ def _unusual(module: nn.Module) -> str | None:
             return f"its {attribute} is {value}"
     if isinstance(module, nn.Conv2d) and module.padding[0] != module.kernel_size[0] // 2:
         return f"its padding is {module.padding}"
-    return hooked(module) or ("modules have global hooks" if _global_hooks() else None)
+    return hooked(module)
 
 
 _STOCK: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {

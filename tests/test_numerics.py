@@ -1,0 +1,364 @@
+"""The numbers: fast against stock PyTorch by the budgets of ``fastdense.parity``, on every device.
+
+Half precision is compared on networks whose ReLUs stay clear of zero (see ``clear_relus``), where errors are of
+the size of a rounding, and stock's and ours differ by little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fastdense import FastDenseBlock, parity
+
+pytestmark = pytest.mark.filterwarnings("error::fastdense.FallbackWarning")
+
+PRECISIONS = {
+    "fp32": dict(dtype=torch.float32),
+    "fp16": dict(dtype=torch.float16),
+    "bf16": dict(dtype=torch.bfloat16),
+    "autocast fp16": dict(dtype=torch.float16, autocast=True),
+    "autocast bf16": dict(dtype=torch.bfloat16, autocast=True),
+}
+every_precision = pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
+train_and_eval = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+
+BLOCKS = {
+    "odd channels": (dict(num_layers=3, num_input_features=13, growth_rate=5), (2, 13, 5, 4)),
+    "growth 1": (dict(num_layers=4, num_input_features=15, growth_rate=1, bn_size=16), (2, 15, 4, 5)),
+    "growth 12, no bottleneck": (
+        dict(num_layers=3, num_input_features=16, growth_rate=12, bn_size=None),
+        (2, 16, 5, 5),
+    ),
+    "growth 33": (dict(num_layers=2, num_input_features=33, growth_rate=33), (2, 33, 5, 5)),
+}
+
+STEMS = {"ImageNet stem": (dict(small_inputs=False), 32), "CIFAR stem": (dict(small_inputs=True), 8)}
+
+
+# -- item 1: twice stock's error ------------------------------------------------------------------------------
+
+
+@every_precision
+@train_and_eval
+@pytest.mark.parametrize("geometry", BLOCKS)
+def test_block(geometry, train, precision, device, twins, randn, clear_relus, assert_parity):
+    arguments, shape = BLOCKS[geometry]
+    pair = [module.train(train).to(device) for module in twins("block", **arguments)]
+    inputs = [randn(*shape, seed=seed, device=device) for seed in range(3)]
+    clear_relus(pair, inputs)
+    assert_parity(*pair, inputs, **precision)
+
+
+@every_precision
+@train_and_eval
+def test_transition(train, precision, device, twins, randn, clear_relus, assert_parity):
+    pair = [module.train(train).to(device) for module in twins("transition", 19, 9)]
+    inputs = [randn(2, 19, 7, 5, seed=seed, device=device) for seed in range(3)]
+    clear_relus(pair, inputs)
+    assert_parity(*pair, inputs, **precision)
+
+
+@every_precision
+@train_and_eval
+@pytest.mark.parametrize("stem", STEMS)
+def test_network(stem, train, precision, device, twins, randn, clear_relus, assert_parity):
+    arguments, size = STEMS[stem]
+    pair = twins("net", 12, (2, 2), 16, num_classes=10, **arguments)
+    pair = [module.train(train).to(device) for module in pair]
+    inputs = [randn(2, 3, size, size, seed=seed, device=device) for seed in range(3)]
+    clear_relus(pair, inputs)
+    assert_parity(*pair, inputs, **precision)
+
+
+@train_and_eval
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(memory_efficient=True),
+        dict(bn_size=None, memory_efficient=True),
+        dict(compression=1.0),
+    ],
+    ids=str,
+)
+def test_network_options(options, train, device, twins, randn, clear_relus, assert_parity):
+    pair = twins("net", 12, (2, 2), 16, num_classes=10, small_inputs=True, **options)
+    pair = [module.train(train).to(device) for module in pair]
+    inputs = [randn(2, 3, 8, 8, seed=seed, device=device) for seed in range(3)]
+    clear_relus(pair, inputs)
+    assert_parity(*pair, inputs, dtype=torch.float32)
+
+
+@train_and_eval
+def test_outputs_where_relus_do_come_near_zero(train, device, twins, randn, assert_parity):
+    """A flipped ReLU changes the output continuously, so outputs and statistics need no clearance."""
+    pair = [module.train(train).to(device) for module in twins("net", 12, (2, 2), 16, num_classes=10)]
+    inputs = [randn(2, 3, 32, 32, seed=seed, device=device) for seed in range(3)]
+    for precision in PRECISIONS.values():
+        assert_parity(*pair, inputs, backward=False, **precision)
+
+
+# -- items 3 and 4: statistics of hard data, NaN and infinity -------------------------------------------------
+
+
+@train_and_eval
+def test_mean_far_larger_than_deviation(train, device, twins, randn, clear_relus, assert_parity):
+    """Where E[x^2] - E[x]^2 would be noise: mean 1e4, deviation 0.1."""
+    pair = [module.train(train).to(device) for module in twins("block", 2, 16, growth_rate=8)]
+    inputs = [randn(2, 16, 6, 6, seed=seed, device=device) / 10 + 1e4 for seed in range(3)]
+    for module in pair:
+        for layer in module.values():
+            layer.norm1.running_mean[:16] += 1e4
+            layer.norm1.running_var[:16] /= 100
+    clear_relus(pair, inputs)
+    assert_parity(*pair, inputs, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("constant", [0.0, 1.0, 1e4, -3e4])
+def test_constant_channels_stay_finite_and_within_one(constant, device, twins, batch_norms):
+    """Normalised they are zero, but 1/sqrt(eps) magnifies what rounding leaves of their deviation."""
+    fast, _ = twins("tails", 3)
+    for norm in batch_norms(fast.to(device)):
+        norm.reset_parameters()
+    x = torch.full((2, 3, 9, 7), constant, device=device, requires_grad=True)
+    out = fast(x)
+    out.sum().backward()
+    assert out.abs().max() <= 1  # not so if NaN
+    assert x.grad.isfinite().all()
+    assert all(buffer.isfinite().all() for buffer in fast.buffers())
+
+
+@train_and_eval
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("kind", ["block", "transition", "tails"])
+def test_nan_and_infinity_stand_where_pytorch_puts_them(kind, value, train, device, twins, randn):
+    arguments = {"block": (2, 5, 2, 3), "transition": (5, 3), "tails": (5,)}[kind]
+    x = randn(2, 5, 8, 8, device=device)
+    x[1, 2, 3, 4] = value
+    with torch.no_grad():
+        fast, stock = (module.to(device).train(train)(x) for module in twins(kind, *arguments))
+    for test in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(test(fast), test(stock))
+
+
+# -- item 5: memory that nothing has written to ---------------------------------------------------------------
+
+
+@contextmanager
+def uninitialised_memory_is_nan(nan: bool) -> Iterator[None]:
+    """Within, ``torch.empty`` and its like give NaN, or whatever the memory holds."""
+    previous = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = nan
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = previous
+        torch.use_deterministic_algorithms(False)
+
+
+@train_and_eval
+@pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=["fp32", "autocast bf16"])
+@pytest.mark.parametrize("options", [{}, dict(bn_size=None), dict(memory_efficient=True)], ids=str)
+def test_uninitialised_memory_is_never_read(options, precision, train, device, twins, randn, assert_identical):
+    seen = []
+    for nan in (False, True):
+        fast, _ = twins("net", 5, (2, 1), 7, num_classes=3, **options)
+        fast.to(device).train(train)
+        x = randn(2, 3, 35, 33, device=device)
+        with uninitialised_memory_is_nan(nan):
+            assert not nan or torch.empty(3, device=device).isnan().all()
+            seen.append(parity.observe(fast, x, autocast=precision))
+            with torch.inference_mode():
+                seen[-1]["inference"] = fast.eval()(x)
+    assert all(tensor.isfinite().all() for tensor in seen[1].values())
+    assert_identical(*seen)
+
+
+# -- item 6: shapes -------------------------------------------------------------------------------------------
+
+
+@given(
+    batch=st.integers(1, 2),
+    channels=st.integers(1, 17),
+    growth_rate=st.sampled_from([1, 12, 33, 48]),
+    bn_size=st.sampled_from([None, 1, 4]),
+    num_layers=st.integers(1, 2),
+    height=st.integers(1, 57),
+    width=st.integers(1, 57),
+    train=st.booleans(),
+)
+@example(batch=1, channels=3, growth_rate=48, bn_size=4, num_layers=2, height=57, width=1, train=True)
+@example(batch=1, channels=1, growth_rate=1, bn_size=1, num_layers=1, height=1, width=1, train=False)
+def test_block_of_any_shape(
+    device, twins, randn, assert_parity, batch, channels, growth_rate, bn_size, num_layers, height, width, train
+):
+    pair = twins("block", num_layers, channels, bn_size, growth_rate)
+    x = randn(batch, channels, height, width, device=device)
+    pair = [module.to(device).train(train) for module in pair]
+    if train and batch * height * width == 1:
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            pair[0](x)
+        return
+    assert_parity(*pair, x, dtype=torch.float64)
+    assert_parity(*pair, x, dtype=torch.float32, backward=False)
+
+
+@given(
+    batch=st.integers(1, 2),
+    channels=st.integers(1, 17),
+    height=st.integers(2, 57),
+    width=st.integers(2, 57),
+    train=st.booleans(),
+)
+def test_transition_of_any_shape(device, twins, randn, assert_parity, batch, channels, height, width, train):
+    pair = [module.to(device).train(train) for module in twins("transition", channels, (channels + 1) // 2)]
+    assert_parity(*pair, randn(batch, channels, height, width, device=device), dtype=torch.float64)
+
+
+@given(
+    batch=st.integers(1, 2),
+    channels=st.integers(1, 17),
+    height=st.integers(3, 57),
+    width=st.integers(1, 57),
+    train=st.booleans(),
+)
+def test_stem_tail_and_head_of_any_shape(device, twins, randn, assert_parity, batch, channels, height, width, train):
+    pair = [module.to(device).train(train) for module in twins("tails", channels)]
+    assert_parity(*pair, randn(batch, channels, height, width, device=device), dtype=torch.float64)
+
+
+# -- item 7: one value per channel, empty batch ---------------------------------------------------------------
+
+SMALL = {"block": (2, 5, 2, 3), "transition": (5, 3), "tails": (5,)}
+
+
+def outcome(module: nn.Module, x: Tensor) -> tuple[object, ...]:
+    """What a forward gives: the output's shape and dtype, or the type of its exception and its message."""
+    try:
+        out = module(x)
+    except Exception as error:
+        return type(error), str(error)
+    return out.shape, out.dtype
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_one_value_per_channel_is_pytorchs_error(kind, device, twins, randn, assert_identical):
+    fast, stock = (module.to(device) for module in twins(kind, *SMALL[kind]))
+    before = {name: tensor.clone() for name, tensor in fast.state_dict().items()}
+    x = randn(1, 5, 1, 1, device=device)
+    assert outcome(fast, x) == outcome(stock, x)
+    assert outcome(fast, x)[0] is ValueError
+    assert_identical(fast.state_dict(), before)
+
+
+@train_and_eval
+@pytest.mark.parametrize("kind", SMALL)
+def test_empty_batch_does_what_pytorch_does(kind, train, device, twins):
+    fast, stock = (module.to(device).train(train) for module in twins(kind, *SMALL[kind]))
+    x = torch.empty(0, 5, 8, 8, device=device)
+    assert outcome(fast, x) == outcome(stock, x)
+
+
+# -- item 8: layouts ------------------------------------------------------------------------------------------
+
+
+def sliced(x: Tensor) -> Tensor:
+    """The same values as every other channel and the inner pixels of a larger tensor."""
+    n, c, h, w = x.shape
+    large = x.new_full((n + 1, 2 * c, h + 2, w + 3), float("nan"))
+    view = large[1:, ::2, 1:-1, 1:-2]
+    return view.copy_(x)
+
+
+LAYOUTS = {
+    "NCHW": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "sliced": sliced,
+    "batch expanded": lambda x: x[:1].expand(x.shape),
+    "width expanded": lambda x: x[..., :1].expand(x.shape),
+    "all expanded": lambda x: x[:1, :1, :1, :1].expand(x.shape),
+}
+
+
+def plain_copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def forward_and_backward(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    x = x.detach().requires_grad_()
+    module.zero_grad()
+    out = module(x)
+    out.backward(grad)
+    return {"out": out.detach(), "x": x.grad, **{name: p.grad for name, p in module.named_parameters()}}
+
+
+@train_and_eval
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["block", "transition"])
+def test_any_layout_of_input_and_gradient(kind, layout, train, device, twins, randn, assert_identical):
+    fast = twins(kind, *SMALL[kind])[0].to(device).train(train)
+    plain_x = randn(2, 5, 6, 7, device=device)
+    plain_grad = randn(*fast(plain_x).shape, seed=1, device=device)
+    x, grad = LAYOUTS[layout](plain_x), LAYOUTS[layout](plain_grad)
+    ours = forward_and_backward(fast, x, grad)
+    assert_identical(ours, forward_and_backward(fast, plain_copy(x), plain_copy(grad)))
+    assert ours["out"].is_contiguous(memory_format=torch.channels_last)
+
+
+@train_and_eval
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_before_stem_tail_and_of_the_heads_gradient(layout, train, device, twins, randn, assert_identical):
+    fast = twins("tails", 5)[0].to(device).train(train)
+    x = LAYOUTS[layout](randn(2, 5, 6, 7, device=device))
+    for grad in (randn(2, 5, device=device), randn(2, 10, device=device)[:, ::2], x.new_ones(()).expand(2, 5)):
+        ours = forward_and_backward(fast, x, grad)
+        assert_identical(ours, forward_and_backward(fast, plain_copy(x), plain_copy(grad)))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("mode", ["train", "eval", "inference"])
+@pytest.mark.parametrize("kind", ["block", "transition"])
+def test_output_is_dense_channels_last_and_no_view(kind, mode, memory_format, device, twins, randn):
+    fast = twins(kind, *SMALL[kind])[0].to(device).train(mode == "train")
+    with torch.set_grad_enabled(mode != "inference"):
+        out = fast(randn(2, 5, 6, 7, device=device).to(memory_format=memory_format))
+    _, c, h, w = out.shape
+    assert out.stride() == (h * w * c, 1, w * c, c)
+    assert out.untyped_storage().nbytes() == out.numel() * out.element_size()
+    assert out._base is None
+
+
+def test_heads_of_other_people_work(device, twins, randn):
+    """flatten, view and reshape of pooled features, and a linear layer on them, as torchvision's users write."""
+    fast, stock = (module.to(device) for module in twins("block", *SMALL["block"]))
+    x = randn(2, 5, 6, 7, device=device)
+    results = []
+    for block in (fast, stock):
+        features = F.relu(block(x))
+        pooled = F.adaptive_avg_pool2d(features, (1, 1))
+        flat = torch.flatten(pooled, 1)
+        for other in (pooled.view(2, -1), pooled.view(features.size(0), -1), pooled.squeeze(), pooled.reshape(2, -1)):
+            assert torch.equal(other, flat)
+        assert features.flatten(2).mean(2).shape == flat.shape
+        F.linear(flat, torch.ones(3, flat.shape[1], device=device)).sum().backward()
+        results.append({name: p.grad for name, p in block.named_parameters()})
+    assert results[0].keys() == results[1].keys()
+    assert all(g is not None and g.isfinite().all() for g in results[0].values())
+
+
+def test_weights_in_channels_last(device, randn, assert_identical):
+    torch.manual_seed(0)
+    block = FastDenseBlock(2, 5, 2, 3).to(device)
+    x, grad = randn(2, 5, 6, 7, device=device), randn(2, 11, 6, 7, seed=1, device=device)
+    plain = forward_and_backward(block, x, grad)
+    moved = forward_and_backward(block.to(memory_format=torch.channels_last), x, grad)
+    assert_identical(plain, moved)
