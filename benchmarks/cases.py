@@ -300,8 +300,8 @@ SUITES = {
         seconds=2.5,
         memory=((DENSENET121, 8),),
         depths=(40, 100, 148, 202, 250),
-        batches=(4, 8, 16, 32),
-        sizes=(64, 128, 192, 256, 320),
+        batches=(4, 8, 16, 24),
+        sizes=(64, 128, 192, 256),
         epochs=5,
     ),
     "full": Suite(

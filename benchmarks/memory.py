@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastdense.memory import saved_activation_bytes
 
@@ -52,10 +53,11 @@ def measure(case: MemoryCase) -> Bytes:
     """Run one forward, and one training step if the case asks for it, in this process."""
     workload = Workload(case.subject, case.contender, case.batch, case.device, case.dtype)
     workload.prepare("step")
-    saved = saved_activation_bytes(workload.model, workload.forward)
+    out: list[Tensor] = []
+    saved = saved_activation_bytes(workload.model, lambda: out.append(workload.forward()))
     if not case.peak:
         return Bytes(saved, None, "the peak is not asked for")
-    workload.run("step")  # so that code and workspaces are there
+    workload.backward(out.pop())  # the end of a first step, after which code and workspaces are there
     arguments = workload.prepare("step")
     if workload.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(workload.device)

@@ -107,7 +107,7 @@ class _NormReluConv:
         """
         sums: tuple[Tensor, ...] | None = None
         for chunk, dy in zip(chunks, dys, strict=True):
-            x = cast(source[chunk.rows], self.acc).contiguous()
+            x = cast(source[chunk.rows], self.acc)
             z = affine_relu(x, self.vectors)
             dy = images(dy, *chunk.shape)
             self._drop(dy, chunk)
