@@ -10,6 +10,7 @@ Running statistics are not touched here: ``dense_block`` and ``channel_stats`` r
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,8 +42,8 @@ _NORM_OPTIONS = "float eps, bool batch_stats"
 _SCHEMAS = {
     "channel_stats": "(Tensor x, *, str backend) -> (Tensor, Tensor)",
     "dense_block": f"(Tensor x, {_LAYERS}, *, {_LAYER_OPTIONS}, ScalarType dtype, bool save_bottleneck, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "dense_block_backward": "(Tensor grad_out, Tensor out, Tensor bottleneck, Tensor mean, Tensor var,"
+    " -> (Tensor, Tensor[], Tensor, Tensor, Tensor, Tensor)",
+    "dense_block_backward": "(Tensor grad_out, Tensor out, Tensor[] bottleneck, Tensor mean, Tensor var,"
     f" Tensor bottleneck_mean, Tensor bottleneck_var, {_LAYERS}, *, {_LAYER_OPTIONS}, ScalarType dtype,"
     " ScalarType x_dtype, bool need_x, bool[] need_norm1, bool[] need_conv1, bool[] need_norm2, bool[] need_conv2,"
     " str backend) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])",
@@ -301,15 +302,15 @@ def _(x: Tensor, *lists: list[Tensor], dtype: torch.dtype, save_bottleneck: bool
     n, _, h, w = x.shape
     store = torch.promote_types(x.dtype, dtype)
     acc = accumulator_dtype(store)
-    hidden = (layers.num_layers, n * h * w, layers.bottleneck_channels)
-    kept = save_bottleneck and layers.has_bottleneck
+    channels, width = layers.output_channels, layers.bottleneck_channels
+    kept = layers.num_layers if save_bottleneck and layers.has_bottleneck else 0
     return (
-        empty_channels_last((n, layers.output_channels, h, w), store, x.device),
-        x.new_empty(hidden if kept else 0, dtype=dtype),
-        x.new_empty(layers.output_channels, dtype=acc),
-        x.new_empty(layers.output_channels, dtype=acc),
-        x.new_empty(hidden[::2], dtype=acc),
-        x.new_empty(hidden[::2], dtype=acc),
+        empty_channels_last((n, channels, h, w), store, x.device),
+        [x.new_empty((n * h * w, width), dtype=dtype) for _ in range(kept)],
+        x.new_empty(channels, dtype=acc),
+        x.new_empty(channels, dtype=acc),
+        x.new_empty((layers.num_layers, width), dtype=acc),
+        x.new_empty((layers.num_layers, width), dtype=acc),
     )
 
 
@@ -396,26 +397,27 @@ def _(grad_out: Tensor, x: Tensor, *norm: Tensor, **options: Any) -> Any:
 
 
 def _dense_block_context(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Any, ...]
 ) -> None:
     x, *lists = inputs
-    ctx.mark_non_differentiable(*output[1:])
+    out, bottleneck, *stats = output
+    ctx.mark_non_differentiable(*bottleneck, *stats)
     ctx.set_materialize_grads(False)
     ctx.options = dict(keyword_only_inputs)
     del ctx.options["save_bottleneck"]
     ctx.x_dtype = x.dtype
-    ctx.lengths = [len(tensors) for tensors in lists]
-    ctx.save_for_backward(*output, *(tensor for tensors in lists for tensor in tensors))
+    ctx.lengths = [len(tensors) for tensors in (bottleneck, *lists)]
+    ctx.save_for_backward(out, *stats, *(tensor for tensors in (bottleneck, *lists) for tensor in tensors))
 
 
 def _dense_block_gradient(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Any, ...]:
     need_x, *need_lists = ctx.needs_input_grad
-    result: list[list[Tensor | None]] = [[None] * length for length in ctx.lengths]
+    result: list[list[Tensor | None]] = [[None] * length for length in ctx.lengths[1:]]
     if grad_out is None:
         return (None, *result)
-    saved = list(ctx.saved_tensors)
-    output, rest = saved[:6], iter(saved[6:])
-    lists = [[next(rest) for _ in range(length)] for length in ctx.lengths]
+    saved = iter(ctx.saved_tensors)
+    out, *stats = itertools.islice(saved, 5)
+    bottleneck, *lists = (list(itertools.islice(saved, length)) for length in ctx.lengths)
     need = dict(zip(_LIST_FIELDS, need_lists, strict=True))
     either = {
         norm: [a or b for a, b in zip(need[f"{norm}_weight"], need[f"{norm}_bias"], strict=True)]
@@ -423,7 +425,9 @@ def _dense_block_gradient(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[
     }
     dx, *gradients = torch.ops.fastdense.dense_block_backward(
         grad_out,
-        *output,
+        out,
+        bottleneck,
+        *stats,
         *lists,
         **ctx.options,
         x_dtype=ctx.x_dtype,

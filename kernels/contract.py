@@ -147,7 +147,7 @@ class DenseBlockOutput(NamedTuple):
     """What ``dense_block`` returns. Statistics are zero where no norm of the block needs them."""
 
     out: Tensor  # X: [N, C_L, H, W], channels-last
-    bottleneck: Tensor  # h of every layer before norm2: [L, M, B]; [0] where it is not kept
+    bottleneck: list[Tensor]  # h of each layer, before norm2: [M, B]; no entries where they are not kept
     mean: Tensor  # [C_L], of X
     var: Tensor  # [C_L]
     bottleneck_mean: Tensor  # [L, B]

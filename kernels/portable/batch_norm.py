@@ -13,12 +13,14 @@ Source: Ioffe and Szegedy 2015 (arXiv 1502.03167); merging of statistics: Chan e
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..contract import ChannelStats, Norm, NormGrads, accumulator_dtype
+from .chunks import Chunk, Scratch, chunks
 
 
 def rows(x: Tensor) -> Tensor:
@@ -29,11 +31,6 @@ def rows(x: Tensor) -> Tensor:
 def images(x: Tensor, n: int, h: int, w: int) -> Tensor:
     """Dense [M, C] as [N, C, H, W] in channels-last memory, without a copy."""
     return x.view(n, h, w, x.shape[1]).permute(0, 3, 1, 2)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """[N, C, H, W] in dense channels-last memory; a copy only where it is not."""
-    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,27 +73,21 @@ def affine(norm: Norm, dtype: torch.dtype) -> Affine:
     return Affine(scale, torch.addcmul(cast(norm.bias, dtype), mean, scale, value=-1), mean, rstd)
 
 
-def affine_relu(x: Tensor, vectors: Affine) -> Tensor:
+def affine_relu(x: Tensor, vectors: Affine, out: Tensor | None = None) -> Tensor:
     """relu(scale * x + shift) of [M, C], in the dtype of the vectors. NaN propagates."""
-    return torch.addcmul(vectors.shift, cast(x, vectors.scale.dtype), vectors.scale).relu_()
+    return torch.addcmul(vectors.shift, cast(x, vectors.scale.dtype), vectors.scale, out=out).relu_()
 
 
-def row_stats(x: Tensor) -> ChannelStats:
-    """Mean and biased variance over the rows of [M, C], in the accumulator dtype.
-
-    PyTorch adds up rows pairwise, so no digits are lost in long sums; what the rounded mean is off, for a channel
-    whose mean is far larger than its deviation, the deviations themselves tell.
-    """
-    x = cast(x, accumulator_dtype(x.dtype))
-    mean = x.mean(0)
-    deviation = x - mean
-    off = deviation.mean(0)
-    return ChannelStats(mean + off, deviation.square_().mean(0).addcmul_(off, off, value=-1))
+def image_stats(x: Tensor) -> ChannelStats:
+    """Mean and biased variance of each channel of [N, C, H, W] in dense memory, in the accumulator dtype."""
+    return ChannelStats(*torch.batch_norm_update_stats(cast(x, accumulator_dtype(x.dtype)), None, None, 0.0))
 
 
 def channel_stats(x: Tensor) -> ChannelStats:
     """Mean and biased variance of each channel of [N, C, H, W], in the accumulator dtype."""
-    return row_stats(rows(x))
+    source, parts = rows(x), chunks(x.shape, x.device)
+    stats = [image_stats(images(source[chunk.rows].contiguous(), *chunk.shape)) for chunk in parts]
+    return merge_stats(stats, parts)
 
 
 def zero_stats(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> ChannelStats:
@@ -105,24 +96,29 @@ def zero_stats(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     return ChannelStats(*zeros)
 
 
-def merge_stats(parts: list[ChannelStats], counts: list[int]) -> ChannelStats:
+def merge_stats(stats: list[ChannelStats], parts: list[Chunk]) -> ChannelStats:
     """Statistics of the whole from those of its parts, in the order given (Chan's formula)."""
-    if len(parts) == 1:
-        return parts[0]
-    means, variances = (torch.stack(vectors) for vectors in zip(*parts, strict=True))  # [parts, C]
-    share = torch.tensor(counts, dtype=means.dtype, device=means.device).div_(sum(counts)).unsqueeze_(1)
+    if len(stats) == 1:
+        return stats[0]
+    means, variances = (torch.stack(vectors) for vectors in zip(*stats, strict=True))  # [parts, C]
+    counts = torch.tensor([chunk.count for chunk in parts], dtype=means.dtype, device=means.device)
+    share = counts.div_(counts.sum()).unsqueeze_(1)
     mean = (means * share).sum(0)
     return ChannelStats(mean, ((variances + (means - mean).square_()) * share).sum(0))
 
 
-def mask_by_relu_(dz: Tensor, z: Tensor) -> Tensor:
-    """da = dz * 1[z > 0], in place."""
-    return torch.ops.aten.threshold_backward.grad_input(dz, z, 0, grad_input=dz)
+def mask_by_relu(dz: Tensor, z: Tensor, out: Tensor) -> Tensor:
+    """da = dz * 1[z > 0], into ``out``, which may be dz."""
+    return torch.ops.aten.threshold_backward.grad_input(dz, z, 0, grad_input=out)
 
 
-def norm_sums(da: Tensor, x: Tensor, vectors: Affine) -> tuple[Tensor, Tensor]:
-    """s1 = sum(da) [C] and s2 = sum(da * xhat) [C] over the rows of [M, C], both of the accumulator dtype."""
-    return da.sum(0), (x - vectors.mean).mul_(da).sum(0).mul_(vectors.rstd)
+def norm_sums(da: Tensor, x: Tensor, vectors: Affine, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """s1 = sum(da) [C] and s2 = sum(da * xhat) [C] over the rows of dense [M, C], the rows of ``shape`` n, h, w."""
+    _, s2, s1 = torch.ops.aten.native_batch_norm_backward(
+        images(da, *shape), images(x, *shape), vectors.scale, None, None, vectors.mean, vectors.rstd, True, 0.0,
+        [False, True, True],
+    )  # fmt: skip
+    return s1, s2
 
 
 class Correction(NamedTuple):
@@ -142,26 +138,45 @@ def correction(s1: Tensor, s2: Tensor, vectors: Affine, count: int) -> Correctio
     return Correction(vectors.mean, share * s1, share.mul_(vectors.rstd).mul_(s2))
 
 
-def input_gradient(da: Tensor, scale: Tensor, x: Tensor, through: Correction | None) -> Tensor:
+def input_gradient(
+    da: Tensor, scale: Tensor, x: Tensor, through: Correction | None, out: Tensor | None = None
+) -> Tensor:
     """scale * da + p + q * (x - mean) of [M, C], of da's dtype; ``None`` for running statistics."""
     if through is None:
-        return da * scale
-    centred = cast(x, da.dtype) - through.mean
+        return torch.mul(da, scale, out=out)
+    centred = torch.sub(cast(x, da.dtype), through.mean, out=out)
     return torch.addcmul(through.p, centred, through.q, out=centred).addcmul_(da, scale)
 
 
-def norm_relu(x: Tensor, norm: Norm) -> Tensor:
-    """BatchNorm and ReLU of [N, C, H, W], in the accumulator dtype and channels-last memory."""
-    n, _, h, w = x.shape
-    return images(affine_relu(rows(x), affine(norm, accumulator_dtype(x.dtype))), n, h, w)
+def norm_relu(x: Tensor, norm: Norm) -> Iterator[tuple[Chunk, Tensor]]:
+    """BatchNorm and ReLU of [N, C, H, W], chunk by chunk in channels-last memory: z, good until the next."""
+    source, vectors = rows(x), affine(norm, accumulator_dtype(x.dtype))
+    scratch = Scratch(vectors.scale.dtype, x.device)
+    for chunk in chunks(x.shape, x.device):
+        z = affine_relu(source[chunk.rows], vectors, scratch("z", chunk.count, x.shape[1]))
+        yield chunk, images(z, *chunk.shape)
 
 
-def norm_relu_backward(dz: Tensor, z: Tensor, x: Tensor, norm: Norm) -> NormGrads:
-    """Gradient of ``z = relu(norm(x))``, all [N, C, H, W]; overwrites dz; dx of x's dtype, in channels-last memory."""
-    n, _, h, w = x.shape
-    vectors = affine(norm, z.dtype)
-    da, x_rows = rows(mask_by_relu_(channels_last(dz), z)), rows(cast(x, z.dtype)).contiguous()
-    s1, s2 = norm_sums(da, x_rows, vectors)
-    through = correction(s1, s2, vectors, len(x_rows)) if norm.batch_stats else None
-    dx = input_gradient(da, vectors.scale, x_rows, through)
-    return NormGrads(images(cast(dx, x.dtype), n, h, w), cast(s2, norm.weight.dtype), cast(s1, norm.bias.dtype))
+def norm_relu_backward(dz: Callable[[Chunk, Tensor], Tensor], x: Tensor, norm: Norm) -> NormGrads:
+    """Gradients of ``z = relu(norm(x))`` of [N, C, H, W], given the gradient ``dz(chunk, z)`` of each chunk's z.
+
+    That of x is of its dtype and in channels-last memory.
+    """
+    n, channels, h, w = x.shape
+    source, vectors = rows(x), affine(norm, accumulator_dtype(x.dtype))
+    scratch = Scratch(vectors.scale.dtype, x.device)
+    da = torch.empty(source.shape, dtype=vectors.scale.dtype, device=x.device)
+    dx = da if x.dtype == da.dtype else torch.empty(source.shape, dtype=x.dtype, device=x.device)
+    parts, sums = chunks(x.shape, x.device), []
+    for chunk in parts:
+        size = (chunk.count, channels)
+        x_chunk = scratch("x", *size).copy_(source[chunk.rows])
+        z = affine_relu(x_chunk, vectors, scratch("z", *size))
+        mask_by_relu(rows(dz(chunk, images(z, *chunk.shape))), z, out=da[chunk.rows])
+        sums.append(norm_sums(da[chunk.rows], x_chunk, vectors, chunk.shape))
+    s1, s2 = (torch.stack(vector).sum(0) for vector in zip(*sums, strict=True))
+    through = correction(s1, s2, vectors, len(source)) if norm.batch_stats else None
+    for chunk in parts:
+        out = scratch("x", chunk.count, channels)
+        dx[chunk.rows] = input_gradient(da[chunk.rows], vectors.scale, source[chunk.rows], through, out)
+    return NormGrads(images(dx, n, h, w), cast(s2, norm.weight.dtype), cast(s1, norm.bias.dtype))

@@ -21,7 +21,6 @@ The work is cut into chunks of whole images so that what a pass makes is still i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,39 +43,26 @@ from .batch_norm import (
     channel_stats,
     correction,
     gemm_dtype,
+    image_stats,
     images,
     input_gradient,
     laid_out_as,
-    mask_by_relu_,
+    mask_by_relu,
     merge_stats,
     norm_sums,
-    row_stats,
     rows,
     zero_stats,
 )
-
-_CHUNK_BYTES = 4 << 20  # of a chunk's widest float32 temporary, on CPUs
-
-
-class _Chunk(NamedTuple):
-    """Whole images of the batch: which, their rows in [M, C], and their shape."""
-
-    images: slice
-    rows: slice
-    shape: tuple[int, int, int]  # n, h, w
-
-
-def _chunks(n: int, h: int, w: int, channels: int, device: torch.device) -> list[_Chunk]:
-    size = max(1, _CHUNK_BYTES // (4 * h * w * channels)) if device.type == "cpu" else n
-    bounds = [(start, min(start + size, n)) for start in range(0, n, size)]
-    return [_Chunk(slice(a, b), slice(a * h * w, b * h * w), (b - a, h, w)) for a, b in bounds]
+from .chunks import Chunk, Scratch, chunks
 
 
 class _NormReluConv:
     """Half a layer, ``conv(relu(norm(source)))`` with 1x1 or padded 3x3, over the rows of a source [M, C]."""
 
-    def __init__(self, norm: Norm, weight: Tensor, mask: Tensor | None, drop_rate: float, dtype: torch.dtype):
-        self.acc = accumulator_dtype(dtype)
+    def __init__(
+        self, norm: Norm, weight: Tensor, mask: Tensor | None, drop_rate: float, dtype: torch.dtype, scratch: Scratch
+    ):
+        self.acc, self.scratch = accumulator_dtype(dtype), scratch
         self.vectors = affine(norm, self.acc)
         self.batch_stats = norm.batch_stats
         self.dtype, self.compute = dtype, gemm_dtype(dtype, weight.device)
@@ -85,57 +71,66 @@ class _NormReluConv:
         self.mask = mask
         self.keep_scale = 0.0 if drop_rate == 1 else 1 / (1 - drop_rate)
 
-    def forward(self, source: Tensor, out: Tensor, chunks: list[_Chunk], want_stats: bool) -> ChannelStats | None:
-        """Fill ``out`` [M, K] chunk by chunk; the statistics of what was stored, if wanted."""
-        parts = []
-        for chunk in chunks:
-            z = cast(affine_relu(source[chunk.rows], self.vectors), self.compute)
+    def forward(
+        self, source: Tensor, parts: list[Chunk], want_stats: bool, out: Tensor | None = None
+    ) -> tuple[Tensor, ChannelStats | None]:
+        """The output [M, K], in ``out`` if given, and its statistics, if wanted."""
+        stats = []
+        if out is None and len(parts) > 1:
+            out = source.new_empty((len(source), len(self.weight)), dtype=self.dtype)
+        for chunk in parts:
+            z = cast(self._prologue(source[chunk.rows]), self.compute)
             y = cast(torch.conv2d(images(z, *chunk.shape), self.weight, padding=self.padding), self.dtype)
             self._drop(y, chunk)
-            y_rows = rows(y)
-            out[chunk.rows] = y_rows
+            if out is None:
+                out = rows(y)
+            else:
+                out[chunk.rows] = rows(y)
             if want_stats:
-                parts.append(row_stats(y_rows))
-        return merge_stats(parts, [chunk.shape[0] for chunk in chunks]) if want_stats else None
+                stats.append(image_stats(y))
+        assert out is not None
+        return out, merge_stats(stats, parts) if want_stats else None
 
     def backward(
-        self, dys: Iterable[Tensor], source: Tensor, chunks: list[_Chunk], need_weight: bool
+        self, dys: Iterable[Tensor], source: Tensor, parts: list[Chunk], need_weight: bool
     ) -> Iterator[Tensor]:
         """Yield each chunk's ``da`` [rows, C] from its gradient ``dy`` [rows, K] of the output.
 
         When all are consumed, ``dweight`` is the weight's gradient, ``s1`` and ``s2`` are the norm's sums.
         """
-        sums: tuple[Tensor, ...] | None = None
-        for chunk, dy in zip(chunks, dys, strict=True):
-            x = cast(source[chunk.rows], self.acc)
-            z = affine_relu(x, self.vectors)
+        total: tuple[Tensor, ...] | None = None
+        for chunk, dy in zip(parts, dys, strict=True):
+            x = source[chunk.rows]
+            if x.dtype != self.acc or not x.is_contiguous():
+                x = self.scratch("x", *x.shape).copy_(x)
+            z = self._prologue(x)
             dy = images(dy, *chunk.shape)
             self._drop(dy, chunk)
             dz, dweight = self._conv_backward(cast(dy, self.compute), cast(z, self.compute), chunk, need_weight)
-            da = mask_by_relu_(cast(dz, self.acc), z)
-            s1, s2 = norm_sums(da, x, self.vectors)
-            parts = (cast(dweight, self.acc), s1, s2)
-            sums = parts if sums is None else tuple(map(torch.add, sums, parts))
-            self.dweight, self.s1, self.s2 = sums
+            dz = cast(dz, self.acc)
+            da = mask_by_relu(dz, z, out=dz)
+            sums = (cast(dweight, self.acc), *norm_sums(da, x, self.vectors, chunk.shape))
+            total = sums if total is None else tuple(map(torch.add, total, sums))
+            self.dweight, self.s1, self.s2 = total
             yield da
 
     def correction(self, count: int) -> Correction | None:
         """After :meth:`backward`: what flows to the source through the norm's batch statistics."""
         return correction(self.s1, self.s2, self.vectors, count) if self.batch_stats else None
 
-    def _conv_backward(self, dy: Tensor, z: Tensor, chunk: _Chunk, need_weight: bool) -> tuple[Tensor, Tensor]:
-        """dz [rows, C] and the weight's gradient, from dy [n, K, h, w] and z [rows, C]."""
-        if self.padding:
-            dz, dweight, _ = torch.ops.aten.convolution_backward(
-                dy, images(z, *chunk.shape), self.weight, None,
-                [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, need_weight, False],
-            )  # fmt: skip
-            return rows(dz), dweight if need_weight else self.weight.new_empty(0)
-        dy, weight = rows(dy), self.weight.flatten(1)  # two matrix products are quicker for 1x1
-        dweight = (dy.t() @ z).view(self.weight.shape) if need_weight else self.weight.new_empty(0)
-        return dy @ weight, dweight
+    def _prologue(self, x: Tensor) -> Tensor:
+        """z [rows, C] in the accumulator dtype."""
+        return affine_relu(x, self.vectors, self.scratch("z", *x.shape))
 
-    def _drop(self, y: Tensor, chunk: _Chunk) -> None:
+    def _conv_backward(self, dy: Tensor, z: Tensor, chunk: Chunk, need_weight: bool) -> tuple[Tensor, Tensor]:
+        """dz [rows, C] and the weight's gradient, from dy [n, K, h, w] and z [rows, C]."""
+        dz, dweight, _ = torch.ops.aten.convolution_backward(
+            dy, images(z, *chunk.shape), self.weight, None,
+            [1, 1], [self.padding] * 2, [1, 1], False, [0, 0], 1, [True, need_weight, False],
+        )  # fmt: skip
+        return rows(dz), dweight if need_weight else self.weight.new_empty(0)
+
+    def _drop(self, y: Tensor, chunk: Chunk) -> None:
         if self.mask is not None:
             y.mul_(self.mask[chunk.images]).mul_(self.keep_scale)
 
@@ -145,16 +140,21 @@ class _Block:
 
     def __init__(self, layers: DenseLayers, dtype: torch.dtype):
         self.layers, self.dtype = layers, dtype
+        self.scratch = Scratch(accumulator_dtype(dtype), layers.conv1_weight[0].device)
 
     def bottleneck(self, layer: int, norm1: Norm) -> _NormReluConv:
         """norm1-ReLU-conv1x1: prefix of X -> h."""
         mask = self.layers.bottleneck_mask[layer] if self.layers.bottleneck_mask else None
-        return _NormReluConv(norm1, self.layers.conv1_weight[layer], mask, self.layers.drop_rate, self.dtype)
+        return _NormReluConv(
+            norm1, self.layers.conv1_weight[layer], mask, self.layers.drop_rate, self.dtype, self.scratch
+        )
 
     def growth(self, layer: int, norm: Norm) -> _NormReluConv:
         """norm-ReLU-conv3x3: h (or the prefix, without bottlenecks) -> the new channels."""
         mask = self.layers.growth_mask[layer] if self.layers.growth_mask else None
-        return _NormReluConv(norm, self.layers.growth_weight[layer], mask, self.layers.drop_rate, self.dtype)
+        return _NormReluConv(
+            norm, self.layers.growth_weight[layer], mask, self.layers.drop_rate, self.dtype, self.scratch
+        )
 
 
 def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottleneck: bool) -> DenseBlockOutput:
@@ -167,28 +167,26 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
     stats = zero_stats((layers.output_channels,), store, x.device)
     bottleneck_stats = zero_stats((layers.num_layers, layers.bottleneck_channels), store, x.device)
     share_stats = any(layers.norm1_batch_stats)
-    kept = layers.num_layers if save_bottleneck else 1
-    bottleneck = torch.empty((kept, len(shared), layers.bottleneck_channels), dtype=dtype, device=x.device)
+    bottleneck: list[Tensor] = []
 
     shared[:, :c0] = rows(x)
     if share_stats:
         _store(stats, slice(0, c0), channel_stats(x))
     for layer in range(layers.num_layers):
         channels = c0 + layer * layers.growth_rate
-        chunks = _chunks(n, h, w, channels, x.device)
+        parts = chunks((n, channels, h, w), x.device)
         source, norm = shared[:, :channels], layers.norm1(layer, stats)
         if layers.has_bottleneck:
-            hidden = bottleneck[layer if save_bottleneck else 0]
             use_batch = layers.norm2_batch_stats[layer]
-            hidden_stats = block.bottleneck(layer, norm).forward(source, hidden, chunks, use_batch)
+            hidden, hidden_stats = block.bottleneck(layer, norm).forward(source, parts, use_batch)
+            if save_bottleneck:
+                bottleneck.append(hidden)
             _store(bottleneck_stats, layer, hidden_stats)
             source, norm = hidden, layers.norm2(layer, _at(bottleneck_stats, layer))
         new = slice(channels, channels + layers.growth_rate)
-        new_stats = block.growth(layer, norm).forward(source, shared[:, new], chunks, share_stats)
+        _, new_stats = block.growth(layer, norm).forward(source, parts, share_stats, out=shared[:, new])
         _store(stats, new, new_stats)
 
-    if not (save_bottleneck and layers.has_bottleneck):
-        bottleneck = bottleneck.new_empty(0)
     return DenseBlockOutput(out, bottleneck, *stats, *bottleneck_stats)
 
 
@@ -210,7 +208,7 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) ->
     out = empty_channels_last((n, layers.output_channels, h, w), store, x.device)
     shared = rows(out)
     shared[:, :c0] = rows(x)
-    for chunk in _chunks(n, h, w, layers.output_channels, x.device):  # through every layer while in cache
+    for chunk in chunks((n, layers.output_channels, h, w), x.device):  # through every layer while in cache
         part = shared[chunk.rows]
         for layer, weight in enumerate(growth):
             channels = c0 + layer * layers.growth_rate
@@ -244,30 +242,31 @@ def dense_block_backward(
     one = torch.ones((), dtype=acc, device=device)
     grads = _empty_grads(layers, shared)
 
-    def true_gradients(channels: slice, chunks: list[_Chunk]) -> Iterator[Tensor]:
+    def true_gradients(channels: slice, parts: list[Chunk]) -> Iterator[Tensor]:
         """G + P + Q * (x - mean) of some channels, chunk by chunk."""
         part = Correction(*(vector[channels] for vector in through)) if any(layers.norm1_batch_stats) else None
-        for chunk in chunks:
+        for chunk in parts:
             yield input_gradient(grad[chunk.rows, channels], one, shared[chunk.rows, channels], part)
 
     for layer in reversed(range(needs.first_layer(), layers.num_layers)):
         channels -= layers.growth_rate
-        chunks = _chunks(n, h, w, channels, device)
+        parts = chunks((n, channels, h, w), device)
         source, norm1 = shared[:, :channels], layers.norm1(layer, stats)
-        dys = true_gradients(slice(channels, channels + layers.growth_rate), chunks)
+        dys = true_gradients(slice(channels, channels + layers.growth_rate), parts)
         if layers.has_bottleneck:
             first = block.bottleneck(layer, norm1)
-            if output.bottleneck.numel():
+            if output.bottleneck:
                 hidden = output.bottleneck[layer]
             else:
-                hidden = torch.empty((count, layers.bottleneck_channels), dtype=dtype, device=device)
-                first.forward(source, hidden, chunks, want_stats=False)
+                hidden, _ = first.forward(source, parts, want_stats=False)
             second = block.growth(layer, layers.norm2(layer, _at(bottleneck_stats, layer)))
-            das = list(second.backward(dys, hidden, chunks, needs.conv2[layer]))
+            das = list(second.backward(dys, hidden, parts, needs.conv2[layer]))
             second_through = second.correction(count)
             dys = (
-                input_gradient(da, second.vectors.scale, hidden[chunk.rows], second_through)
-                for chunk, da in zip(chunks, das, strict=True)
+                input_gradient(
+                    da, second.vectors.scale, hidden[chunk.rows], second_through, block.scratch("dh", *da.shape)
+                )
+                for chunk, da in zip(parts, das, strict=True)
             )
             grads.norm2_weight[layer] = cast(second.s2, layers.norm2_weight[layer].dtype)
             grads.norm2_bias[layer] = cast(second.s1, layers.norm2_bias[layer].dtype)
@@ -276,12 +275,12 @@ def dense_block_backward(
         else:
             first = block.growth(layer, norm1)
 
-        for chunk, da in zip(chunks, first.backward(dys, source, chunks, needs.conv1[layer]), strict=True):
+        for chunk, da in zip(parts, first.backward(dys, source, parts, needs.conv1[layer]), strict=True):
             grad[chunk.rows, :channels].addcmul_(da, first.vectors.scale)
         first_through = first.correction(count)
         if first_through is not None:
-            through.p[:channels] += first_through.p
-            through.q[:channels] += first_through.q
+            through.p[:channels].add_(first_through.p)
+            through.q[:channels].add_(first_through.q)
         grads.norm1_weight[layer] = cast(first.s2, layers.norm1_weight[layer].dtype)
         grads.norm1_bias[layer] = cast(first.s1, layers.norm1_bias[layer].dtype)
         if needs.conv1[layer]:
@@ -289,9 +288,12 @@ def dense_block_backward(
 
     if not needs.x:
         return grads
-    whole = [_Chunk(slice(0, n), slice(0, count), (n, h, w))]
-    (dx,) = true_gradients(slice(0, layers.input_channels), whole)
-    return grads._replace(x=images(cast(dx, x_dtype), n, h, w))
+    channels = layers.input_channels
+    parts = chunks((n, channels, h, w), device)
+    dx = torch.empty((count, channels), dtype=x_dtype, device=device)
+    for chunk, part in zip(parts, true_gradients(slice(0, channels), parts), strict=True):
+        dx[chunk.rows] = part
+    return grads._replace(x=images(dx, n, h, w))
 
 
 def _store(stats: ChannelStats, where: slice | int, values: ChannelStats | None) -> None:

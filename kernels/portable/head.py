@@ -7,19 +7,24 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..contract import Norm, NormGrads
 from .batch_norm import norm_relu, norm_relu_backward
+from .chunks import Chunk
 
 
 def head(x: Tensor, norm: Norm) -> Tensor:
     """[N, C, H, W] -> [N, C], of x's dtype."""
-    return norm_relu(x, norm).mean((2, 3)).to(x.dtype)
+    out = x.new_empty(x.shape[:2])
+    for chunk, z in norm_relu(x, norm):
+        out[chunk.images] = z.mean((2, 3))
+    return out
 
 
 def head_backward(grad_out: Tensor, x: Tensor, norm: Norm) -> NormGrads:
-    z = norm_relu(x, norm)
-    dz = torch.empty_like(z).copy_(grad_out[:, :, None, None]).div_(x.shape[2] * x.shape[3])
-    return norm_relu_backward(dz, z, x, norm)
+    def dz(chunk: Chunk, z: Tensor) -> Tensor:
+        dout = grad_out[chunk.images].to(z.dtype) / (z.shape[2] * z.shape[3])
+        return dout[:, :, None, None].expand_as(z)
+
+    return norm_relu_backward(dz, x, norm)

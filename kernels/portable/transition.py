@@ -14,29 +14,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..contract import Norm, TransitionGrads
-from .batch_norm import gemm_dtype, images, laid_out_as, norm_relu, norm_relu_backward, rows
+from ..contract import Norm, TransitionGrads, accumulator_dtype, empty_channels_last
+from .batch_norm import cast, gemm_dtype, images, laid_out_as, norm_relu, norm_relu_backward, rows
+from .chunks import Chunk
 
 
 def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """[N, C, H, W], [C', C, 1, 1] -> [N, C', H//2, W//2] of ``dtype``, channels-last."""
+    n, _, h, w = x.shape
     compute = gemm_dtype(dtype, x.device)
-    pooled = F.avg_pool2d(norm_relu(x, norm), 2).to(compute)
-    out = torch.conv2d(pooled, weight.to(compute)).to(dtype)
-    return out.contiguous(memory_format=torch.channels_last)
+    weight = cast(weight, compute)
+    out = empty_channels_last((n, len(weight), h // 2, w // 2), dtype, x.device)
+    for chunk, z in norm_relu(x, norm):
+        out[chunk.images] = torch.conv2d(cast(F.avg_pool2d(z, 2), compute), weight)
+    return out
 
 
 def transition_backward(
     grad_out: Tensor, x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype, need_weight: bool
 ) -> TransitionGrads:
     compute = gemm_dtype(dtype, x.device)
-    dout = rows(grad_out).to(compute)  # [M/4, C']
-    z = norm_relu(x, norm)
-    if need_weight:
-        pooled = rows(F.avg_pool2d(z, 2)).to(compute)  # [M/4, C]
-        dweight = laid_out_as((dout.t() @ pooled).view(weight.shape), weight)
-    else:
-        dweight = weight.new_empty(0)
-    dpooled = images((dout @ weight.flatten(1).to(compute)).to(z.dtype), x.shape[0], x.shape[2] // 2, x.shape[3] // 2)
-    dz = torch.ops.aten.avg_pool2d_backward(dpooled, z, [2, 2], [2, 2], [0, 0], False, True, None)
-    return TransitionGrads(*norm_relu_backward(dz, z, x, norm), dweight)
+    matrix = cast(weight.flatten(1), compute)  # [C', C]
+    dmatrix = torch.zeros_like(matrix, dtype=accumulator_dtype(compute)) if need_weight else None
+
+    def dz(chunk: Chunk, z: Tensor) -> Tensor:
+        dout = cast(rows(grad_out[chunk.images]), compute)  # [rows/4, C']
+        if dmatrix is not None:
+            dmatrix.add_(dout.t() @ cast(rows(F.avg_pool2d(z, 2)), compute))
+        n, h, w = chunk.shape
+        dpooled = images(cast(dout @ matrix, z.dtype), n, h // 2, w // 2)
+        return torch.ops.aten.avg_pool2d_backward(dpooled, z, [2, 2], [2, 2], [0, 0], False, True, None)
+
+    grads = norm_relu_backward(dz, x, norm)
+    dweight = weight.new_empty(0) if dmatrix is None else laid_out_as(dmatrix.view(weight.shape), weight)
+    return TransitionGrads(*grads, dweight)

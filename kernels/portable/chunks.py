@@ -1,0 +1,49 @@
+"""Cutting the work into whole images, so that what one pass makes is still in cache in the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_BYTES = 4 << 20  # of a chunk's widest float32 temporary, on CPUs
+_ROWS = 2048  # pixels that a chunk has at least, where the batch does: matrix products need them
+
+
+class Chunk(NamedTuple):
+    """Whole images of the batch: which, their rows in [M, C], and their shape."""
+
+    images: slice
+    rows: slice
+    shape: tuple[int, int, int]  # n, h, w
+
+    @property
+    def count(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+def chunks(shape: Sequence[int], device: torch.device) -> list[Chunk]:
+    """Of a pass whose widest temporary is [N, C, H, W]: as equal as can be on CPUs, one elsewhere."""
+    n, channels, h, w = shape
+    size = max(1, _BYTES // (4 * h * w * channels), _ROWS // (h * w)) if device.type == "cpu" else n
+    parts = max(1, -(-n // size))
+    bounds = [(i * n // parts, (i + 1) * n // parts) for i in range(parts)]
+    return [Chunk(slice(a, b), slice(a * h * w, b * h * w), (b - a, h, w)) for a, b in bounds]
+
+
+class Scratch:
+    """Temporaries that one pass after another writes again, so that they stay in cache; by name."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self._dtype, self._device = dtype, device
+        self._memory: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, rows: int, channels: int) -> Tensor:
+        """[rows, channels], uninitialised, good until the next call with this name."""
+        memory = self._memory.get(name)
+        if memory is None or memory.numel() < rows * channels:
+            memory = torch.empty(rows * channels, dtype=self._dtype, device=self._device)
+            self._memory[name] = memory
+        return memory.as_strided((rows, channels), (channels, 1))
