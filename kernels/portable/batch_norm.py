@@ -30,7 +30,8 @@ def rows(x: Tensor) -> Tensor:
 
 def images(x: Tensor, n: int, h: int, w: int) -> Tensor:
     """Dense [M, C] as [N, C, H, W] in channels-last memory, without a copy."""
-    return x.view(n, h, w, x.shape[1]).permute(0, 3, 1, 2)
+    c = x.shape[1]
+    return x.as_strided((n, c, h, w), (h * w * c, 1, w * c, c))
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,17 +61,29 @@ def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 class Affine(NamedTuple):
     """A BatchNorm with known statistics; all [C], of the accumulator dtype."""
 
+    weight: Tensor  # gamma
     scale: Tensor  # gamma * rstd
     shift: Tensor  # beta - mean * scale
     mean: Tensor
     rstd: Tensor
 
 
+def affines(norms: list[Norm], dtype: torch.dtype) -> list[Affine]:
+    """The vectors of some BatchNorms, computed and returned in ``dtype``."""
+    if not norms:
+        return []
+    weights, biases, means, variances = (
+        [cast(getattr(norm, name), dtype) for norm in norms] for name in ("weight", "bias", "mean", "var")
+    )
+    rstds = torch._foreach_rsqrt(torch._foreach_add(variances, [norm.eps for norm in norms]))
+    scales = torch._foreach_mul(weights, rstds)
+    shifts = torch._foreach_addcmul(biases, means, scales, value=-1)
+    return list(map(Affine, weights, scales, shifts, means, rstds))
+
+
 def affine(norm: Norm, dtype: torch.dtype) -> Affine:
-    """The vectors of a BatchNorm, computed and returned in ``dtype``."""
-    mean, rstd = cast(norm.mean, dtype), torch.rsqrt(cast(norm.var, dtype) + norm.eps)
-    scale = cast(norm.weight, dtype) * rstd
-    return Affine(scale, torch.addcmul(cast(norm.bias, dtype), mean, scale, value=-1), mean, rstd)
+    """The vectors of one BatchNorm."""
+    return affines([norm], dtype)[0]
 
 
 def affine_relu(x: Tensor, vectors: Affine, out: Tensor | None = None) -> Tensor:
@@ -101,7 +114,7 @@ def merge_stats(stats: list[ChannelStats], parts: list[Chunk]) -> ChannelStats:
     if len(stats) == 1:
         return stats[0]
     means, variances = (torch.stack(vectors) for vectors in zip(*stats, strict=True))  # [parts, C]
-    counts = torch.tensor([chunk.count for chunk in parts], dtype=means.dtype, device=means.device)
+    counts = torch.tensor([chunk.pixels for chunk in parts], dtype=means.dtype, device=means.device)
     share = counts.div_(counts.sum()).unsqueeze_(1)
     mean = (means * share).sum(0)
     return ChannelStats(mean, ((variances + (means - mean).square_()) * share).sum(0))
@@ -112,13 +125,32 @@ def mask_by_relu(dz: Tensor, z: Tensor, out: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward.grad_input(dz, z, 0, grad_input=out)
 
 
-def norm_sums(da: Tensor, x: Tensor, vectors: Affine, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """s1 = sum(da) [C] and s2 = sum(da * xhat) [C] over the rows of dense [M, C], the rows of ``shape`` n, h, w."""
-    _, s2, s1 = torch.ops.aten.native_batch_norm_backward(
-        images(da, *shape), images(x, *shape), vectors.scale, None, None, vectors.mean, vectors.rstd, True, 0.0,
-        [False, True, True],
-    )  # fmt: skip
+def norm_sums(da: Tensor, x: Tensor, vectors: Affine) -> tuple[Tensor, Tensor]:
+    """s1 = sum(da) and s2 = sum(da * xhat), both [C], of dense [N, C, H, W] of the accumulator dtype."""
+    _, s2, s1 = _norm_backward(da, x, vectors, [False, True, True])
     return s1, s2
+
+
+def add_up(sums: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """s1 and s2 of the whole from those of its chunks."""
+    if len(sums) == 1:
+        return sums[0]
+    s1, s2 = (torch.stack(vectors).sum(0) for vectors in zip(*sums, strict=True))
+    return s1, s2
+
+
+def norm_backward(da: Tensor, x: Tensor, vectors: Affine, batch_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, s1 and s2 of dense [N, C, H, W] of the accumulator dtype."""
+    if not batch_stats:
+        return da * vectors.scale[:, None, None], *norm_sums(da, x, vectors)
+    dx, s2, s1 = _norm_backward(da, x, vectors, [True, True, True])
+    return dx, s1, s2
+
+
+def _norm_backward(da: Tensor, x: Tensor, vectors: Affine, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten.native_batch_norm_backward(
+        da, x, vectors.weight, None, None, vectors.mean, vectors.rstd, True, 0.0, wanted
+    )
 
 
 class Correction(NamedTuple):
@@ -153,7 +185,7 @@ def norm_relu(x: Tensor, norm: Norm) -> Iterator[tuple[Chunk, Tensor]]:
     source, vectors = rows(x), affine(norm, accumulator_dtype(x.dtype))
     scratch = Scratch(vectors.scale.dtype, x.device)
     for chunk in chunks(x.shape, x.device):
-        z = affine_relu(source[chunk.rows], vectors, scratch("z", chunk.count, x.shape[1]))
+        z = affine_relu(source[chunk.rows], vectors, scratch("z", chunk.pixels, x.shape[1]))
         yield chunk, images(z, *chunk.shape)
 
 
@@ -169,14 +201,14 @@ def norm_relu_backward(dz: Callable[[Chunk, Tensor], Tensor], x: Tensor, norm: N
     dx = da if x.dtype == da.dtype else torch.empty(source.shape, dtype=x.dtype, device=x.device)
     parts, sums = chunks(x.shape, x.device), []
     for chunk in parts:
-        size = (chunk.count, channels)
+        size = (chunk.pixels, channels)
         x_chunk = scratch("x", *size).copy_(source[chunk.rows])
-        z = affine_relu(x_chunk, vectors, scratch("z", *size))
-        mask_by_relu(rows(dz(chunk, images(z, *chunk.shape))), z, out=da[chunk.rows])
-        sums.append(norm_sums(da[chunk.rows], x_chunk, vectors, chunk.shape))
-    s1, s2 = (torch.stack(vector).sum(0) for vector in zip(*sums, strict=True))
+        z = images(affine_relu(x_chunk, vectors, scratch("z", *size)), *chunk.shape)
+        part = mask_by_relu(dz(chunk, z), z, out=images(da[chunk.rows], *chunk.shape))
+        sums.append(norm_sums(part, images(x_chunk, *chunk.shape), vectors))
+    s1, s2 = add_up(sums)
     through = correction(s1, s2, vectors, len(source)) if norm.batch_stats else None
     for chunk in parts:
-        out = scratch("x", chunk.count, channels)
+        out = scratch("x", chunk.pixels, channels)
         dx[chunk.rows] = input_gradient(da[chunk.rows], vectors.scale, source[chunk.rows], through, out)
     return NormGrads(images(dx, n, h, w), cast(s2, norm.weight.dtype), cast(s1, norm.bias.dtype))

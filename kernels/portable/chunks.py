@@ -20,7 +20,7 @@ class Chunk(NamedTuple):
     shape: tuple[int, int, int]  # n, h, w
 
     @property
-    def count(self) -> int:
+    def pixels(self) -> int:
         return self.rows.stop - self.rows.start
 
 

@@ -31,14 +31,16 @@ from ..contract import (
     DenseBlockNeeds,
     DenseBlockOutput,
     DenseLayers,
-    Norm,
     accumulator_dtype,
     empty_channels_last,
 )
 from .batch_norm import (
+    Affine,
     Correction,
+    add_up,
     affine,
     affine_relu,
+    affines,
     cast,
     channel_stats,
     correction,
@@ -49,25 +51,31 @@ from .batch_norm import (
     laid_out_as,
     mask_by_relu,
     merge_stats,
+    norm_backward,
     norm_sums,
     rows,
     zero_stats,
 )
 from .chunks import Chunk, Scratch, chunks
+from .conv import conv, conv_backward
 
 
 class _NormReluConv:
     """Half a layer, ``conv(relu(norm(source)))`` with 1x1 or padded 3x3, over the rows of a source [M, C]."""
 
     def __init__(
-        self, norm: Norm, weight: Tensor, mask: Tensor | None, drop_rate: float, dtype: torch.dtype, scratch: Scratch
+        self,
+        vectors: Affine,
+        weight: Tensor,
+        mask: Tensor | None,
+        drop_rate: float,
+        dtype: torch.dtype,
+        scratch: Scratch,
     ):
-        self.acc, self.scratch = accumulator_dtype(dtype), scratch
-        self.vectors = affine(norm, self.acc)
-        self.batch_stats = norm.batch_stats
+        self.acc, self.vectors, self.scratch = vectors.scale.dtype, vectors, scratch
+        self.dweight: Tensor
         self.dtype, self.compute = dtype, gemm_dtype(dtype, weight.device)
         self.weight = cast(weight, self.compute)
-        self.padding = weight.shape[-1] // 2
         self.mask = mask
         self.keep_scale = 0.0 if drop_rate == 1 else 1 / (1 - drop_rate)
 
@@ -79,8 +87,8 @@ class _NormReluConv:
         if out is None and len(parts) > 1:
             out = source.new_empty((len(source), len(self.weight)), dtype=self.dtype)
         for chunk in parts:
-            z = cast(self._prologue(source[chunk.rows]), self.compute)
-            y = cast(torch.conv2d(images(z, *chunk.shape), self.weight, padding=self.padding), self.dtype)
+            z = self._prologue(source[chunk.rows], chunk)
+            y = cast(conv(cast(z, self.compute), self.weight), self.dtype)
             self._drop(y, chunk)
             if out is None:
                 out = rows(y)
@@ -92,43 +100,29 @@ class _NormReluConv:
         return out, merge_stats(stats, parts) if want_stats else None
 
     def backward(
-        self, dys: Iterable[Tensor], source: Tensor, parts: list[Chunk], need_weight: bool
-    ) -> Iterator[Tensor]:
-        """Yield each chunk's ``da`` [rows, C] from its gradient ``dy`` [rows, K] of the output.
+        self, dys: Iterable[Tensor], source: Tensor, parts: list[Chunk], need_weight: bool, out: Tensor | None = None
+    ) -> Iterator[tuple[Chunk, Tensor, Tensor]]:
+        """Yield each chunk with its x and da [n, C, h, w], from its gradient dy [n, K, h, w], which it overwrites.
 
-        When all are consumed, ``dweight`` is the weight's gradient, ``s1`` and ``s2`` are the norm's sums.
+        da is gathered in ``out`` [M, C] if given; when all are consumed, ``dweight`` is the weight's gradient.
         """
-        total: tuple[Tensor, ...] | None = None
         for chunk, dy in zip(parts, dys, strict=True):
             x = source[chunk.rows]
             if x.dtype != self.acc or not x.is_contiguous():
                 x = self.scratch("x", *x.shape).copy_(x)
-            z = self._prologue(x)
-            dy = images(dy, *chunk.shape)
+            z = self._prologue(x, chunk)
             self._drop(dy, chunk)
-            dz, dweight = self._conv_backward(cast(dy, self.compute), cast(z, self.compute), chunk, need_weight)
+            dz, dweight = conv_backward(cast(dy, self.compute), cast(z, self.compute), self.weight, need_weight)
+            if dweight is not None:
+                dweight = cast(dweight, self.acc)
+                self.dweight = dweight if chunk is parts[0] else self.dweight.add_(dweight)
             dz = cast(dz, self.acc)
-            da = mask_by_relu(dz, z, out=dz)
-            sums = (cast(dweight, self.acc), *norm_sums(da, x, self.vectors, chunk.shape))
-            total = sums if total is None else tuple(map(torch.add, total, sums))
-            self.dweight, self.s1, self.s2 = total
-            yield da
+            da = mask_by_relu(dz, z, out=dz if out is None else images(out[chunk.rows], *chunk.shape))
+            yield chunk, images(x, *chunk.shape), da
 
-    def correction(self, count: int) -> Correction | None:
-        """After :meth:`backward`: what flows to the source through the norm's batch statistics."""
-        return correction(self.s1, self.s2, self.vectors, count) if self.batch_stats else None
-
-    def _prologue(self, x: Tensor) -> Tensor:
-        """z [rows, C] in the accumulator dtype."""
-        return affine_relu(x, self.vectors, self.scratch("z", *x.shape))
-
-    def _conv_backward(self, dy: Tensor, z: Tensor, chunk: Chunk, need_weight: bool) -> tuple[Tensor, Tensor]:
-        """dz [rows, C] and the weight's gradient, from dy [n, K, h, w] and z [rows, C]."""
-        dz, dweight, _ = torch.ops.aten.convolution_backward(
-            dy, images(z, *chunk.shape), self.weight, None,
-            [1, 1], [self.padding] * 2, [1, 1], False, [0, 0], 1, [True, need_weight, False],
-        )  # fmt: skip
-        return rows(dz), dweight if need_weight else self.weight.new_empty(0)
+    def _prologue(self, x: Tensor, chunk: Chunk) -> Tensor:
+        """z [n, C, h, w] in the accumulator dtype, good until the next."""
+        return images(affine_relu(x, self.vectors, self.scratch("z", *x.shape)), *chunk.shape)
 
     def _drop(self, y: Tensor, chunk: Chunk) -> None:
         if self.mask is not None:
@@ -140,16 +134,17 @@ class _Block:
 
     def __init__(self, layers: DenseLayers, dtype: torch.dtype):
         self.layers, self.dtype = layers, dtype
-        self.scratch = Scratch(accumulator_dtype(dtype), layers.conv1_weight[0].device)
+        self.acc = accumulator_dtype(dtype)
+        self.scratch = Scratch(self.acc, layers.conv1_weight[0].device)
 
-    def bottleneck(self, layer: int, norm1: Norm) -> _NormReluConv:
+    def bottleneck(self, layer: int, norm1: Affine) -> _NormReluConv:
         """norm1-ReLU-conv1x1: prefix of X -> h."""
         mask = self.layers.bottleneck_mask[layer] if self.layers.bottleneck_mask else None
         return _NormReluConv(
             norm1, self.layers.conv1_weight[layer], mask, self.layers.drop_rate, self.dtype, self.scratch
         )
 
-    def growth(self, layer: int, norm: Norm) -> _NormReluConv:
+    def growth(self, layer: int, norm: Affine) -> _NormReluConv:
         """norm-ReLU-conv3x3: h (or the prefix, without bottlenecks) -> the new channels."""
         mask = self.layers.growth_mask[layer] if self.layers.growth_mask else None
         return _NormReluConv(
@@ -178,13 +173,15 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
         source, norm = shared[:, :channels], layers.norm1(layer, stats)
         if layers.has_bottleneck:
             use_batch = layers.norm2_batch_stats[layer]
-            hidden, hidden_stats = block.bottleneck(layer, norm).forward(source, parts, use_batch)
+            hidden, hidden_stats = block.bottleneck(layer, affine(norm, block.acc)).forward(source, parts, use_batch)
             if save_bottleneck:
                 bottleneck.append(hidden)
             _store(bottleneck_stats, layer, hidden_stats)
             source, norm = hidden, layers.norm2(layer, _at(bottleneck_stats, layer))
         new = slice(channels, channels + layers.growth_rate)
-        _, new_stats = block.growth(layer, norm).forward(source, parts, share_stats, out=shared[:, new])
+        _, new_stats = block.growth(layer, affine(norm, block.acc)).forward(
+            source, parts, share_stats, out=shared[:, new]
+        )
         _store(stats, new, new_stats)
 
     return DenseBlockOutput(out, bottleneck, *stats, *bottleneck_stats)
@@ -196,7 +193,7 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) ->
     store = torch.promote_types(x.dtype, dtype)
     acc, compute = accumulator_dtype(store), gemm_dtype(dtype, x.device)
     unread = zero_stats((0,), store, x.device)
-    norm1 = [affine(layers.norm1(layer, unread), acc) for layer in range(layers.num_layers)]
+    norm1 = affines([layers.norm1(layer, unread) for layer in range(layers.num_layers)], acc)
     conv1 = []
     if layers.has_bottleneck:
         for layer, weight in enumerate(layers.conv1_weight):
@@ -208,14 +205,16 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) ->
     out = empty_channels_last((n, layers.output_channels, h, w), store, x.device)
     shared = rows(out)
     shared[:, :c0] = rows(x)
+    scratch = Scratch(acc, x.device)
     for chunk in chunks((n, layers.output_channels, h, w), x.device):  # through every layer while in cache
         part = shared[chunk.rows]
         for layer, weight in enumerate(growth):
             channels = c0 + layer * layers.growth_rate
-            z = images(cast(affine_relu(part[:, :channels], norm1[layer]), compute), *chunk.shape)
+            z = affine_relu(part[:, :channels], norm1[layer], scratch("z", chunk.pixels, channels))
+            z = images(cast(z, compute), *chunk.shape)
             if layers.has_bottleneck:
                 z = torch.conv2d(z, *conv1[layer]).relu_()
-            y = cast(torch.conv2d(z, weight, padding=1), dtype)
+            y = cast(conv(z, weight), dtype)
             part[:, channels : channels + layers.growth_rate] = rows(y)
     return out
 
@@ -238,51 +237,58 @@ def dense_block_backward(
     bottleneck_stats = ChannelStats(output.bottleneck_mean, output.bottleneck_var)
     grad = torch.empty((n, h, w, channels), dtype=acc, device=device).copy_(grad_out.permute(0, 2, 3, 1))
     grad = grad.view(count, channels)  # G, raw
+    use_batch = any(layers.norm1_batch_stats)
     through = Correction(stats.mean, torch.zeros_like(stats.mean), torch.zeros_like(stats.mean))  # P and Q
     one = torch.ones((), dtype=acc, device=device)
+    first_layer = needs.first_layer()
+    norms1 = affines([layers.norm1(layer, stats) for layer in range(layers.num_layers)], acc)
+    norms2 = affines([layers.norm2(i, _at(bottleneck_stats, i)) for i in range(len(layers.norm2_weight))], acc)
     grads = _empty_grads(layers, shared)
 
     def true_gradients(channels: slice, parts: list[Chunk]) -> Iterator[Tensor]:
-        """G + P + Q * (x - mean) of some channels, chunk by chunk."""
-        part = Correction(*(vector[channels] for vector in through)) if any(layers.norm1_batch_stats) else None
+        """G + P + Q * (x - mean) of some channels, chunk by chunk: [n, k, h, w]."""
+        part = Correction(*(vector[channels] for vector in through)) if use_batch else None
         for chunk in parts:
-            yield input_gradient(grad[chunk.rows, channels], one, shared[chunk.rows, channels], part)
+            raw, x = grad[chunk.rows, channels], shared[chunk.rows, channels]
+            yield images(input_gradient(raw, one, x, part), *chunk.shape)
 
-    for layer in reversed(range(needs.first_layer(), layers.num_layers)):
+    for layer in reversed(range(first_layer, layers.num_layers)):
         channels -= layers.growth_rate
         parts = chunks((n, channels, h, w), device)
-        source, norm1 = shared[:, :channels], layers.norm1(layer, stats)
+        source, norm1 = shared[:, :channels], norms1[layer]
         dys = true_gradients(slice(channels, channels + layers.growth_rate), parts)
         if layers.has_bottleneck:
             first = block.bottleneck(layer, norm1)
-            if output.bottleneck:
-                hidden = output.bottleneck[layer]
-            else:
-                hidden, _ = first.forward(source, parts, want_stats=False)
-            second = block.growth(layer, layers.norm2(layer, _at(bottleneck_stats, layer)))
-            das = list(second.backward(dys, hidden, parts, needs.conv2[layer]))
-            second_through = second.correction(count)
-            dys = (
-                input_gradient(
-                    da, second.vectors.scale, hidden[chunk.rows], second_through, block.scratch("dh", *da.shape)
-                )
-                for chunk, da in zip(parts, das, strict=True)
+            hidden = output.bottleneck[layer] if output.bottleneck else first.forward(source, parts, False)[0]
+            second = block.growth(layer, norms2[layer])
+            da = torch.empty(hidden.shape, dtype=acc, device=device)
+            for _ in second.backward(dys, hidden, parts, needs.conv2[layer], out=da):
+                pass
+            dh, s1, s2 = norm_backward(
+                images(da, n, h, w),
+                images(cast(hidden, acc), n, h, w),
+                norms2[layer],
+                layers.norm2_batch_stats[layer],
             )
-            grads.norm2_weight[layer] = cast(second.s2, layers.norm2_weight[layer].dtype)
-            grads.norm2_bias[layer] = cast(second.s1, layers.norm2_bias[layer].dtype)
+            dys = (dh[chunk.images] for chunk in parts)
+            grads.norm2_weight[layer] = cast(s2, layers.norm2_weight[layer].dtype)
+            grads.norm2_bias[layer] = cast(s1, layers.norm2_bias[layer].dtype)
             if needs.conv2[layer]:
                 grads.conv2_weight[layer] = laid_out_as(second.dweight, layers.conv2_weight[layer])
         else:
             first = block.growth(layer, norm1)
 
-        for chunk, da in zip(parts, first.backward(dys, source, parts, needs.conv1[layer]), strict=True):
-            grad[chunk.rows, :channels].addcmul_(da, first.vectors.scale)
-        first_through = first.correction(count)
-        if first_through is not None:
-            through.p[:channels].add_(first_through.p)
-            through.q[:channels].add_(first_through.q)
-        grads.norm1_weight[layer] = cast(first.s2, layers.norm1_weight[layer].dtype)
-        grads.norm1_bias[layer] = cast(first.s1, layers.norm1_bias[layer].dtype)
+        sums = []
+        for chunk, x, da in first.backward(dys, source, parts, needs.conv1[layer]):
+            sums.append(norm_sums(da, x, norm1))
+            grad[chunk.rows, :channels].addcmul_(rows(da), norm1.scale)
+        s1, s2 = add_up(sums)
+        if layers.norm1_batch_stats[layer]:
+            own = correction(s1, s2, norm1, count)
+            through.p[:channels].add_(own.p)
+            through.q[:channels].add_(own.q)
+        grads.norm1_weight[layer] = cast(s2, layers.norm1_weight[layer].dtype)
+        grads.norm1_bias[layer] = cast(s1, layers.norm1_bias[layer].dtype)
         if needs.conv1[layer]:
             grads.conv1_weight[layer] = laid_out_as(first.dweight, layers.conv1_weight[layer])
 
@@ -290,10 +296,10 @@ def dense_block_backward(
         return grads
     channels = layers.input_channels
     parts = chunks((n, channels, h, w), device)
-    dx = torch.empty((count, channels), dtype=x_dtype, device=device)
+    dx = empty_channels_last((n, channels, h, w), x_dtype, device)
     for chunk, part in zip(parts, true_gradients(slice(0, channels), parts), strict=True):
-        dx[chunk.rows] = part
-    return grads._replace(x=images(dx, n, h, w))
+        dx[chunk.images] = part
+    return grads._replace(x=dx)
 
 
 def _store(stats: ChannelStats, where: slice | int, values: ChannelStats | None) -> None:

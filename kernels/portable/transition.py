@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..contract import Norm, TransitionGrads, accumulator_dtype, empty_channels_last
-from .batch_norm import cast, gemm_dtype, images, laid_out_as, norm_relu, norm_relu_backward, rows
+from ..contract import Norm, TransitionGrads, empty_channels_last
+from .batch_norm import cast, gemm_dtype, laid_out_as, norm_relu, norm_relu_backward
 from .chunks import Chunk
+from .conv import conv, conv_backward
 
 
 def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -26,7 +27,7 @@ def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Ten
     weight = cast(weight, compute)
     out = empty_channels_last((n, len(weight), h // 2, w // 2), dtype, x.device)
     for chunk, z in norm_relu(x, norm):
-        out[chunk.images] = torch.conv2d(cast(F.avg_pool2d(z, 2), compute), weight)
+        out[chunk.images] = conv(cast(F.avg_pool2d(z, 2), compute), weight)
     return out
 
 
@@ -34,17 +35,16 @@ def transition_backward(
     grad_out: Tensor, x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype, need_weight: bool
 ) -> TransitionGrads:
     compute = gemm_dtype(dtype, x.device)
-    matrix = cast(weight.flatten(1), compute)  # [C', C]
-    dmatrix = torch.zeros_like(matrix, dtype=accumulator_dtype(compute)) if need_weight else None
+    weight_ = cast(weight, compute)
+    parts: list[Tensor] = []  # the weight's gradient, by chunk
 
     def dz(chunk: Chunk, z: Tensor) -> Tensor:
-        dout = cast(rows(grad_out[chunk.images]), compute)  # [rows/4, C']
-        if dmatrix is not None:
-            dmatrix.add_(dout.t() @ cast(rows(F.avg_pool2d(z, 2)), compute))
-        n, h, w = chunk.shape
-        dpooled = images(cast(dout @ matrix, z.dtype), n, h // 2, w // 2)
-        return torch.ops.aten.avg_pool2d_backward(dpooled, z, [2, 2], [2, 2], [0, 0], False, True, None)
+        pooled = cast(F.avg_pool2d(z, 2), compute)
+        dpooled, dweight = conv_backward(cast(grad_out[chunk.images], compute), pooled, weight_, need_weight)
+        if dweight is not None:
+            parts.append(cast(dweight, z.dtype))
+        return torch.ops.aten.avg_pool2d_backward(cast(dpooled, z.dtype), z, [2, 2], [2, 2], [0, 0], False, True, None)
 
     grads = norm_relu_backward(dz, x, norm)
-    dweight = weight.new_empty(0) if dmatrix is None else laid_out_as(dmatrix.view(weight.shape), weight)
+    dweight = laid_out_as(torch.stack(parts).sum(0), weight) if need_weight else weight.new_empty(0)
     return TransitionGrads(*grads, dweight)
