@@ -200,7 +200,7 @@ def _growth(rows: list[Row], environment: Row) -> Figure:
     variables = list(dict.fromkeys(row["variable"] for row in rows))
     quantities = {"peak_bytes": "peak of a training step (MB)", "saved_bytes": "saved for backward (MB)"}
     measured = [key for key in quantities if any(row[key] is not None for row in rows)]
-    figure = _figure(14, 1.3 + 3.6 * len(measured), "Growth of training memory", environment)
+    figure = _figure(14, 1.3 + 3.8 * len(measured), "Growth of training memory", environment)
     for line, key in zip(figure.subplots(len(measured), len(variables), squeeze=False), measured, strict=True):
         for axes, variable in zip(line, variables, strict=True):
             shown = [row for row in rows if row["variable"] == variable and row[key] is not None]
@@ -228,13 +228,13 @@ def _expected_degree(variable: str, contender: str) -> int:
 
 
 def _growth_title(variable: str, rows: list[Row]) -> str:
-    """The network and what is held fixed."""
+    """The network, and under it what is held fixed."""
     row = rows[0]
     arguments = ", ".join(f"{name}={value}" for name, value in row["arguments"].items() if name != variable)
-    fixed = [f"{row['subject']}({arguments})" if arguments else row["subject"]]
-    fixed += [f"{row['size']}x{row['size']}"] if variable != "resolution" else []
+    network = f"{row['subject']}({arguments})" if arguments else row["subject"]
+    fixed = [f"{row['size']}x{row['size']}"] if variable != "resolution" else []
     fixed += [f"batch {row['batch']}"] if variable != "batch" else []
-    return ", ".join((*fixed, row["dtype"]))
+    return network + "\n" + ", ".join((*fixed, row["dtype"]))
 
 
 def _curve(axes: Axes, points: dict[int, float], contender: str, degree: int, naive: dict[int, float]) -> None:
