@@ -96,7 +96,7 @@ def _verify(arguments: argparse.Namespace, _: list[str]) -> int:
 
 
 def _print_verification(arguments: argparse.Namespace, lines: Sequence[Any], passed: bool) -> None:
-    from rich.box import SIMPLE
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -104,13 +104,14 @@ def _print_verification(arguments: argparse.Namespace, lines: Sequence[Any], pas
     table = Table(
         title=f"{arguments.arch} on {photographs}",
         caption="errors relative to float64, of the tensor that uses most of its budget",
-        box=SIMPLE,
+        box=SIMPLE_HEAD,
+        pad_edge=False,
     )
     for name in ("dtype", "mode", "what"):
         table.add_column(name, no_wrap=True)
     table.add_column("tensors", justify="right")
     for name in ("fast", "stock", "allowed"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
     for line in lines:
         errors = [f"{error:.1e}" for error in (line.fast_error, line.stock_error, line.allowed)]
