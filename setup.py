@@ -3,12 +3,19 @@
 from setuptools import setup
 
 setup(
-    packages=["fastdense", "fastdense.kernels", "fastdense.kernels.portable", "fastdense.benchmarks"],
+    packages=[
+        "fastdense",
+        "fastdense.kernels",
+        "fastdense.kernels.portable",
+        "fastdense.kernels.triton",
+        "fastdense.benchmarks",
+    ],
     package_dir={
         "fastdense": "fastdense",
         "fastdense.kernels": "kernels",
         "fastdense.kernels.portable": "kernels/portable",
+        "fastdense.kernels.triton": "kernels/triton",
         "fastdense.benchmarks": "benchmarks",
     },
-    package_data={"fastdense": ["py.typed"]},
+    package_data={"fastdense": ["py.typed"], "fastdense.kernels": ["tuned/*.json"]},
 )

@@ -35,7 +35,7 @@ def environment(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if gpu else None,
         "cudnn": torch.backends.cudnn.version() if gpu else None,
-        "backend": fastdense.backends.select(torch.device(device)),
+        "backend": fastdense.backends.select(torch.device(device), torch.float32),
         "fastdense": fastdense.__version__,
         "torch": torch.__version__,
         "triton": _version("triton"),

@@ -7,6 +7,7 @@ not one of them: it makes the modules run their naive, concatenating definition.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import platform
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from typing import Any
 
 import torch
 
-from .kernels import portable
 from .text import aligned
 
 REFERENCE = "reference"
@@ -28,29 +28,45 @@ class Backend:
 
     Attributes:
         name: as in :func:`use_backend`.
-        kernels: its functions, or ``None`` where it cannot run here.
+        module: where its functions are, imported when first needed; ``None`` where it cannot run here.
         note: what it is, or why it cannot run here.
         devices: the device types it computes on; ``None`` for all.
+        dtypes: those it computes in; ``None`` for all.
+        automatic: chosen without being asked for.
     """
 
     name: str
-    kernels: ModuleType | None
+    module: str | None
     note: str
     devices: tuple[str, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    automatic: bool = True
 
-    def refuses(self, device: torch.device) -> str | None:
-        """Why it cannot compute on ``device``, or ``None``."""
-        if self.kernels is None:
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot compute on ``device`` in ``dtype``, or ``None``."""
+        if self.module is None:
             return self.note
         if self.devices is not None and device.type not in self.devices:
             return f"it computes on {' and '.join(self.devices)}, not on {device.type}"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"it computes in {', '.join(map(str, self.dtypes))}, not in {dtype}"
         return None
 
 
+def _triton() -> Backend:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    if importlib.util.find_spec("triton") is None:
+        return Backend("triton", None, "Triton is not installed", ("cuda",), dtypes)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        note = "Triton kernels, interpreted on the CPU: for tests, very slow"
+        return Backend("triton", "fastdense.kernels.triton", note, ("cpu",), dtypes, automatic=False)
+    return Backend("triton", "fastdense.kernels.triton", "Triton kernels, for GPUs", ("cuda",), dtypes)
+
+
 _REGISTRY: dict[str, Backend] = {
-    "triton": Backend("triton", None, "this version has no Triton kernels yet", ("cuda",)),
+    "triton": _triton(),
     "cpu": Backend("cpu", None, "this version has no C++ kernels yet", ("cpu",)),
-    "torch": Backend("torch", portable, "the portable algorithm in plain PyTorch"),
+    "torch": Backend("torch", "fastdense.kernels.portable", "the portable algorithm in plain PyTorch"),
 }
 """In order of preference."""
 
@@ -64,26 +80,28 @@ def names() -> tuple[str, ...]:
 
 def kernels(name: str) -> ModuleType:
     """The kernels of a backend that can run here."""
-    module = _REGISTRY[name].kernels if name in _REGISTRY else None
+    module = _REGISTRY[name].module if name in _REGISTRY else None
     if module is None:
         raise ValueError(f"no kernels for backend {name!r}; there are {', '.join(_available())}")
-    return module
+    return importlib.import_module(module)
 
 
-def select(device: torch.device) -> str:
-    """The backend for tensors on ``device``: the override, or the first that can compute there.
+def select(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for tensors of ``dtype`` on ``device``: the override, or the first that can compute there.
 
     Raises:
         ValueError: the override names no backend.
-        RuntimeError: the override names one that cannot compute on ``device``.
+        RuntimeError: the override names one that cannot compute there.
     """
     if _override is None or _override == "auto":
-        return next(name for name, backend in _REGISTRY.items() if backend.refuses(device) is None)
+        for name, backend in _REGISTRY.items():
+            if backend.automatic and backend.refuses(device, dtype) is None:
+                return name
     if _override == REFERENCE:
         return REFERENCE
     if _override not in _REGISTRY:
-        raise ValueError(_unknown(_override))
-    reason = _REGISTRY[_override].refuses(device)
+        raise ValueError(_unknown(str(_override)))
+    reason = _REGISTRY[_override].refuses(device, dtype)
     if reason is not None:
         raise RuntimeError(f"backend {_override!r} was asked for, but {reason}")
     return _override
@@ -138,20 +156,20 @@ def status() -> Status:
     for package, use in (("triton", "kernels for GPUs"), ("torchvision", "pretrained weights by name, convert")):
         rows.append((package, *_package(package, use)))
     for backend in _REGISTRY.values():
-        rows.append((f"backend {backend.name}", "available" if backend.kernels else "unavailable", backend.note))
+        rows.append((f"backend {backend.name}", "available" if backend.module else "unavailable", backend.note))
     rows.append((f"backend {REFERENCE}", "available", "the naive definition, concatenating"))
     chosen = f"FASTDENSE_BACKEND or use_backend: {_override}" if _override else "automatic"
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
         try:
-            rows.append((f"chosen for {device}", select(torch.device(device)), chosen))
+            rows.append((f"chosen for {device}", select(torch.device(device), torch.float32), chosen))
         except (ValueError, RuntimeError) as error:
             rows.append((f"chosen for {device}", "none", str(error)))
     return Status(tuple(rows))
 
 
 def _available() -> list[str]:
-    return [name for name, backend in _REGISTRY.items() if backend.kernels is not None]
+    return [name for name, backend in _REGISTRY.items() if backend.module is not None]
 
 
 def _unknown(name: str) -> str:

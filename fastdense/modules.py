@@ -182,7 +182,7 @@ def _fast_backend(module: nn.Module, x: Tensor, obstacle: Callable[[], str | Non
     """The backend for ``x``, or ``None`` where the reference must run: on request, or for a reason warned of."""
     if not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0 or _is_transformed():
         return None  # the reference knows what PyTorch does with these
-    backend = backends.select(x.device)
+    backend = backends.select(x.device, x.dtype)
     if backend == backends.REFERENCE:
         return None
     reason = obstacle()

@@ -241,7 +241,7 @@ def test_backend_chosen_inside_the_graph():
     expected = fastdense.to_reference(model)(x)
     assert torch.equal(naive, expected)
     assert relative_error(fast, expected) <= EXACT
-    assert fastdense.backends.select(x.device) != fastdense.backends.REFERENCE
+    assert fastdense.backends.select(x.device, x.dtype) != fastdense.backends.REFERENCE
 
 
 def doubling(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

@@ -1,0 +1,25 @@
+"""Triton kernels, for GPUs. Importing this needs Triton; running it needs a GPU, or TRITON_INTERPRET=1.
+
+See :mod:`fastdense.kernels.contract` for what the functions compute. Backward functions are the portable
+ones still, on what the forward kernels leave them.
+"""
+
+from ..portable import dense_block_backward, head_backward, stem_tail_backward, transition_backward
+from .dense_block import dense_block, dense_block_inference
+from .head import head
+from .statistics import channel_stats
+from .stem import stem_tail
+from .transition import transition
+
+__all__ = [
+    "channel_stats",
+    "dense_block",
+    "dense_block_backward",
+    "dense_block_inference",
+    "head",
+    "head_backward",
+    "stem_tail",
+    "stem_tail_backward",
+    "transition",
+    "transition_backward",
+]

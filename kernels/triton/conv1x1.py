@@ -1,0 +1,102 @@
+"""BN-ReLU-conv1x1 over a channel prefix of the shared buffer.
+
+::
+
+    z = relu(scale1 * x + shift1)            x: [M, K], a prefix of rows of stride_xm
+    h = z @ W^T                              [M, N], W: [N, K]
+    FOLD:   h = relu(scale2 * h + shift2)    inference: norm2 and its ReLU, whose statistics are known
+
+x is read once if BLOCK_N covers N, as it does for up to 128 bottleneck channels. Nothing normalised is stored:
+the prologue works in registers between the load and the tensor cores.
+
+Source: DenseNet (arXiv 1608.06993), section 3, "composite function" and "bottleneck layers".
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .statistics import Partials, Vectors
+from .tile_math import affine_relu, relu, store_tile_stats
+
+
+@triton.jit
+def _bn_relu_conv1x1_fwd_kernel(
+    x_ptr, scale1_ptr, shift1_ptr, w_ptr, scale2_ptr, shift2_ptr, h_ptr, keep_ptr, part_mean_ptr, part_m2_ptr,
+    M, K, N, stride_xm, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    FOLD: tl.constexpr, DROP: tl.constexpr, STATS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """h [M, N] from x [M, K]; with STATS the tile's partial statistics of h as stored."""
+    pid_m, pid_n = tl.program_id(0), tl.program_id(1)
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :]
+    w_ptrs = w_ptr + offs_n[None, :] * K + offs_k[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        mask_k = offs_k < K - k
+        x = tl.load(x_ptrs + k, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        w = tl.load(w_ptrs + k, mask=mask_n[None, :] & mask_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
+        scale = tl.load(scale1_ptr + k + offs_k, mask=mask_k, other=0.0)
+        shift = tl.load(shift1_ptr + k + offs_k, mask=mask_k, other=0.0)
+        z = affine_relu(x, scale, shift)
+        acc = tl.dot(z.to(w.dtype), w, acc, input_precision=PRECISION)
+
+    mask = mask_m[:, None] & mask_n[None, :]
+    offs = offs_m[:, None] * N + offs_n[None, :]
+    if FOLD:
+        scale2 = tl.load(scale2_ptr + offs_n, mask=mask_n, other=0.0)
+        shift2 = tl.load(shift2_ptr + offs_n, mask=mask_n, other=0.0)
+        acc = relu(acc * scale2[None, :] + shift2[None, :])
+    h = acc.to(h_ptr.dtype.element_ty)
+    if DROP:
+        kept = tl.load(keep_ptr + offs, mask=mask, other=0) != 0
+        h = tl.where(kept, h.to(tl.float32) * keep_scale, 0.0).to(h_ptr.dtype.element_ty)
+    tl.store(h_ptr + offs, h, mask=mask)
+    if STATS:
+        part = pid_m.to(tl.int64) * N
+        count = tl.minimum(M - pid_m.to(tl.int64) * BLOCK_M, BLOCK_M).to(tl.float32)
+        store_tile_stats(h.to(tl.float32), mask_m, count, part_mean_ptr + part, part_m2_ptr + part, offs_n, mask_n)
+
+
+def bn_relu_conv1x1_fwd(
+    x: Tensor,
+    norm1: Vectors,
+    weight: Tensor,
+    h: Tensor,
+    *,
+    fold: Vectors | None = None,
+    keep: Tensor | None = None,
+    keep_scale: float = 1.0,
+    stats: Partials | None = None,
+) -> None:
+    """Fill h [M, N] from the prefix x [M, K] of dense channels.
+
+    Args:
+        weight: [N, K], dense, of the dtype to multiply in.
+        fold: norm2, applied with its ReLU before the store.
+        keep: [M, N], where dropout keeps a value; those are multiplied by ``keep_scale``.
+        stats: receives the partial statistics of h.
+    """
+    (m, k), n = x.shape, len(weight)
+    config = tuning.conv1x1_fwd(m, n, k, weight.dtype, x.device)
+    parts = stats.begin(m, n, config.BLOCK_M) if stats is not None else None
+    none = norm1.scale
+    _bn_relu_conv1x1_fwd_kernel[(triton.cdiv(m, config.BLOCK_M), triton.cdiv(n, config.BLOCK_N))](
+        x, norm1.scale, norm1.shift, weight, *(fold or norm1), h, none if keep is None else keep, *(parts or norm1),
+        m, k, n, x.stride(0), keep_scale,
+        FOLD=fold is not None, DROP=keep is not None, STATS=parts is not None, PRECISION=precision(weight.dtype),
+        **config.arguments(),
+    )  # fmt: skip
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied: as PyTorch's convolutions are told to."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"

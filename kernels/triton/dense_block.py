@@ -1,0 +1,122 @@
+"""A whole dense block over one shared buffer, a few launches a layer (see :mod:`fastdense.kernels.contract`).
+
+Training, layer l, all statistics made where a channel is written::
+
+    conv1x1:   h = relu(scale1 * X[:, :C_l] + shift1) @ W1^T      and partial statistics of h
+    finalise:  mean and var of h, scale2 and shift2
+    conv3x3:   X[:, C_l : C_l+k] = conv3x3(relu(scale2 * h + shift2), W2)      and partial statistics of it
+    finalise:  mean and var of the k channels, scale1 and shift1 of layer l+1 over C_l+k
+
+In inference everything is known ahead: norm2 and its ReLU are the 1x1's epilogue, and the 3x3 reads u. Images
+are independent then: where there are enough of them, one launch does the whole block, each program an image
+(:mod:`.block_infer`). Nothing derived from a parameter outlives the call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..contract import (
+    ChannelStats,
+    DenseBlockOutput,
+    DenseLayers,
+    Norm,
+    empty_channels_last,
+)
+from ..portable.batch_norm import affines, rows, zero_stats
+from .block_infer import block_infer, fits
+from .conv1x1 import bn_relu_conv1x1_fwd
+from .conv3x3 import bn_relu_conv3x3_fwd
+from .launch import on_device
+from .statistics import Partials, Vectors, copy_stats_fwd, merge, merge_for
+
+
+@on_device
+def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottleneck: bool) -> DenseBlockOutput:
+    """Forward with whichever statistics the norms ask for; convolutions compute in ``dtype``."""
+    n, c0, h, w = x.shape
+    k, width, count = layers.growth_rate, layers.bottleneck_channels, layers.num_layers
+    store = torch.promote_types(x.dtype, dtype)
+    out = empty_channels_last((n, layers.output_channels, h, w), store, x.device)
+    shared = rows(out)  # X
+    stats = zero_stats((layers.output_channels,), store, x.device)
+    bottleneck_stats = zero_stats((count, width), store, x.device)
+    partials = Partials(x.device)
+    share_stats = any(layers.norm1_batch_stats)
+    weights1, weights3 = _weights(layers, dtype)
+    keep_scale = 0.0 if layers.drop_rate == 1 else 1 / (1 - layers.drop_rate)
+    bottleneck: list[Tensor] = []
+
+    copy_stats_fwd(x, shared[:, :c0], partials if share_stats else None)
+    vectors = merge_for(layers.norm1(0, stats), stats, partials if share_stats else None)
+    for layer in range(count):
+        channels = c0 + layer * k
+        source = shared[:, :channels]
+        if layers.has_bottleneck:
+            if save_bottleneck or not layer:
+                hidden = torch.empty((len(shared), width), dtype=dtype, device=x.device)
+            if save_bottleneck:
+                bottleneck.append(hidden)
+            wanted = layers.norm2_batch_stats[layer]
+            own = ChannelStats(bottleneck_stats.mean[layer], bottleneck_stats.var[layer])
+            bn_relu_conv1x1_fwd(
+                source, vectors, weights1[layer], hidden,
+                keep=_kept(layers.bottleneck_mask, layer), keep_scale=keep_scale, stats=partials if wanted else None,
+            )  # fmt: skip
+            source, vectors = hidden, merge_for(layers.norm2(layer, own), own, partials if wanted else None)
+        bn_relu_conv3x3_fwd(
+            source, vectors, weights3[layer], shared[:, channels : channels + k], (h, w),
+            keep=_kept(layers.growth_mask, layer), keep_scale=keep_scale, stats=partials if share_stats else None,
+        )  # fmt: skip
+        if layer + 1 < count:
+            vectors = merge_for(layers.norm1(layer + 1, stats), stats, partials if share_stats else None, channels)
+        elif share_stats:
+            merge(stats, partials, channels)
+    return DenseBlockOutput(out, bottleneck, *stats, *bottleneck_stats)
+
+
+@on_device
+def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) -> Tensor:
+    """Forward with running statistics, norm2 folded into the 1x1: X alone, [N, C_L, H, W]."""
+    n, c0, h, w = x.shape
+    k = layers.growth_rate
+    store = torch.promote_types(x.dtype, dtype)
+    out = empty_channels_last((n, layers.output_channels, h, w), store, x.device)
+    shared = rows(out)
+    unread = ChannelStats(x.new_empty(0), x.new_empty(0))
+    norms1 = _known([layers.norm1(layer, unread) for layer in range(layers.num_layers)])
+    norms2 = _known([layers.norm2(layer, unread) for layer in range(len(layers.conv2_weight))])
+    weights1, weights3 = _weights(layers, dtype)
+    copy_stats_fwd(x, shared[:, :c0], None)
+    if layers.has_bottleneck and fits(n, h * w, layers.bottleneck_channels, k, x.device):
+        block_infer(shared, norms1, weights1, norms2, weights3, c0, (h, w))
+        return out
+    if layers.has_bottleneck:
+        hidden = torch.empty((len(shared), layers.bottleneck_channels), dtype=dtype, device=x.device)  # u
+    for layer in range(layers.num_layers):
+        channels = c0 + layer * k
+        source, norm = shared[:, :channels], norms1[layer]
+        new = shared[:, channels : channels + k]
+        if layers.has_bottleneck:
+            bn_relu_conv1x1_fwd(source, norm, weights1[layer], hidden, fold=norms2[layer])
+            bn_relu_conv3x3_fwd(hidden, None, weights3[layer], new, (h, w))
+        else:
+            bn_relu_conv3x3_fwd(source, norm, weights3[layer], new, (h, w))
+    return out
+
+
+def _known(norms: list[Norm]) -> list[Vectors]:
+    """The vectors of norms with running statistics."""
+    return [Vectors(vectors.scale, vectors.shift) for vectors in affines(norms, torch.float32)]
+
+
+def _weights(layers: DenseLayers, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """The 1x1 weights [B, C_l] and the 3x3 weights [k, 3, 3, B or C_l], dense and of ``dtype``."""
+    first = [weight.flatten(1) for weight in layers.conv1_weight] if layers.has_bottleneck else []
+    growth = [weight.permute(0, 2, 3, 1) for weight in layers.growth_weight]
+    return [w.to(dtype).contiguous() for w in first], [w.to(dtype).contiguous() for w in growth]
+
+
+def _kept(masks: list[Tensor], layer: int) -> Tensor | None:
+    return rows(masks[layer]).contiguous() if masks else None

@@ -1,0 +1,26 @@
+"""Launching on the tensors' own device, whichever is current."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def on_device(function: F) -> F:
+    """Run ``function(tensor, ...)`` with the tensor's GPU current: Triton launches on the current one."""
+
+    @functools.wraps(function)
+    def run(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if tensor.dtype == torch.float64:
+            raise TypeError("the Triton kernels compute in float32, bfloat16 and float16, got float64")
+        if tensor.device.type != "cuda":
+            return function(tensor, *args, **kwargs)
+        with torch.cuda.device(tensor.device):
+            return function(tensor, *args, **kwargs)
+
+    return run  # type: ignore[return-value]

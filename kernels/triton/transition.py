@@ -1,0 +1,73 @@
+"""Transition: BatchNorm, ReLU, 2x2 average pool and 1x1 convolution, in one pass over x.
+
+The pool and the 1x1 convolution commute exactly, so the prologue pools and the multiply has a quarter of the rows::
+
+    z = relu(scale * x + shift)        out[p] = (mean of z over the 2x2 pixels of p) @ W^T        W: [N, K]
+
+The batch statistics of ``out`` are made where it is copied into the next block's buffer, by the pass that reads
+it anyway.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..contract import Norm, empty_channels_last
+from . import tuning
+from .conv1x1 import precision
+from .launch import on_device
+from .statistics import norm_vectors
+from .tile_math import affine_relu
+
+
+@triton.jit
+def _bn_relu_pool_conv1x1_fwd_kernel(
+    x_ptr, scale_ptr, shift_ptr, w_ptr, out_ptr,
+    M, H_OUT, W_OUT, K, N, stride_xn, stride_xc, stride_xh, stride_xw,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out [M, N], rows of pooled pixels, from x [N, K, H, W] of any strides."""
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    pixel = offs_m % (H_OUT * W_OUT)
+    corner = offs_m // (H_OUT * W_OUT) * stride_xn
+    corner += pixel // W_OUT * 2 * stride_xh + pixel % W_OUT * 2 * stride_xw
+    x_ptrs = x_ptr + corner[:, None] + offs_k.to(tl.int64)[None, :] * stride_xc
+    w_ptrs = w_ptr + offs_n[None, :] * K + offs_k[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        mask_k = offs_k < K - k
+        w = tl.load(w_ptrs + k, mask=mask_n[None, :] & mask_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
+        scale = tl.load(scale_ptr + k + offs_k, mask=mask_k, other=0.0)
+        shift = tl.load(shift_ptr + k + offs_k, mask=mask_k, other=0.0)
+        mask = mask_m[:, None] & mask_k[None, :]
+        tiles = x_ptrs + k * stride_xc
+        z = affine_relu(tl.load(tiles, mask=mask, other=0.0), scale, shift)  # [BLOCK_M, BLOCK_K]
+        z += affine_relu(tl.load(tiles + stride_xw, mask=mask, other=0.0), scale, shift)
+        z += affine_relu(tl.load(tiles + stride_xh, mask=mask, other=0.0), scale, shift)
+        z += affine_relu(tl.load(tiles + stride_xh + stride_xw, mask=mask, other=0.0), scale, shift)
+        acc = tl.dot((z * 0.25).to(w.dtype), w, acc, input_precision=PRECISION)
+    mask = mask_m[:, None] & mask_n[None, :]
+    tl.store(out_ptr + offs_m[:, None] * N + offs_n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@on_device
+def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, C, H, W], [C', C, 1, 1] -> [N, C', H//2, W//2] of ``dtype``, channels-last."""
+    images, k, h, w = x.shape
+    n = len(weight)
+    out = empty_channels_last((images, n, h // 2, w // 2), dtype, x.device)
+    m = images * (h // 2) * (w // 2)
+    vectors = norm_vectors(norm)
+    config = tuning.transition_fwd(m, n, k, dtype, x.device)
+    _bn_relu_pool_conv1x1_fwd_kernel[(triton.cdiv(m, config.BLOCK_M), triton.cdiv(n, config.BLOCK_N))](
+        x, *vectors, weight.flatten(1).to(dtype).contiguous(), out,
+        m, h // 2, w // 2, k, n, *x.stride(),
+        PRECISION=precision(dtype), **config.arguments(),
+    )  # fmt: skip
+    return out
