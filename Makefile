@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install bench plots test lint format clean
+.PHONY: help install bench plots kernel-report test lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -21,6 +21,9 @@ bench: $(INSTALLED)  ## fast against naive: parity, speed, memory, plots (about 
 
 plots: $(INSTALLED)  ## draw the plots again from the saved results
 	$(BIN)/python -m fastdense.benchmarks.plots
+
+kernel-report: $(INSTALLED)  ## compile the Triton kernels for four GPU generations: registers, spills, predicted time
+	$(BIN)/python -m fastdense.benchmarks.kernel_report
 
 test: $(INSTALLED)  ## everything that can run on this machine
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import tuning
 from .conv1x1 import precision
+from .launch import multiprocessors
 from .statistics import Vectors
 from .tile_math import affine_relu, relu
 
@@ -86,7 +87,7 @@ def fits(images: int, pixels: int, width: int, growth: int, device: torch.device
     """Whether a program an image is the quicker way: images for every multiprocessor, of few pixels."""
     if width > 128 or growth > 64 or pixels > 256:
         return False
-    return device.type != "cuda" or images >= torch.cuda.get_device_properties(device).multi_processor_count
+    return images >= multiprocessors(device)
 
 
 def block_infer(

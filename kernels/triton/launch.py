@@ -24,3 +24,8 @@ def on_device(function: F) -> F:
             return function(tensor, *args, **kwargs)
 
     return run  # type: ignore[return-value]
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side at least; an H100's where there is no GPU to ask."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

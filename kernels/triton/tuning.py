@@ -8,15 +8,19 @@ Environment variable ``FASTDENSE_TUNED``: another file, or ``off`` for the defau
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import triton
 
+_MANY = 128 * 132  # pixels with which tiles of 128 rows fill the multiprocessors of a large GPU
+_family = "hip" if torch.version.hip else "cuda"
 _FOLDER = Path(__file__).parent.parent / "tuned"
 
 
@@ -43,39 +47,34 @@ def _block(size: int, most: int, least: int = 16) -> int:
 
 
 def conv1x1_fwd(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """All of N in one tile, so that x is read once: 128 rows by 128 channels are 64 accumulators a thread of 8 warps.
+    """All of N in one tile, so that x is read once, and 128 rows, so that L2 delivers no more of W than of x.
 
-    Fewer rows where 128 would leave multiprocessors idle. float32 tiles are twice as large: half the depth.
+    That is 64 accumulators a thread of 8 warps. Fewer rows where 128 would leave multiprocessors idle.
     """
     block_n = _block(n, 128)
-    block_m = 128 if m >= 128 * 132 else 64
-    block_k = _block(k, 64 if dtype.itemsize == 2 else 32)
-    default = Config(block_m, block_n, block_k, num_warps=8 if block_m * block_n >= 128 * 128 else 4, num_stages=3)
+    default = Config(128 if m >= _MANY else 64, block_n, _block(k, _depth(dtype)), num_warps=8 if n > 64 else 4)
     return _tuned("conv1x1_fwd", f"n{block_n}-k{_block(k, 1024)}-{_rows(m)}", dtype, device, default)
 
 
 def conv3x3_fwd(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
     """The few new channels in one tile, so that each tap is normalised once; 128 rows keep the halo's share low."""
     block_n = _block(n, 64)
-    block_m = 128 if m >= 128 * 132 else 64
-    block_k = _block(k, 128 if dtype.itemsize == 2 else 32)
-    default = Config(block_m, block_n, block_k, num_warps=8 if block_m == 128 else 4, num_stages=3)
+    many = m >= _MANY
+    default = Config(128 if many else 64, block_n, _block(k, _depth(dtype)), num_warps=8 if many else 4)
     return _tuned("conv3x3_fwd", f"n{block_n}-k{_block(k, 1024)}-{_rows(m)}", dtype, device, default)
 
 
 def transition_fwd(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """x is four times the rows: wide N, so that it is read from memory once and from L2 seldom."""
+    """Four tiles of x make one of z, so tiles are half as deep; wide N, so that x comes from memory once."""
     block_n = _block(n, 128)
-    block_k = _block(k, 32)
-    default = Config(64, block_n, block_k, num_warps=4, num_stages=3)
+    default = Config(64, block_n, _block(k, 32), num_warps=8 if n > 64 else 4)
     return _tuned("transition_fwd", f"n{block_n}-k{_block(k, 1024)}-{_rows(m)}", dtype, device, default)
 
 
-def block_infer(hw: int, b: int, n: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """One image a program: all its pixels in one tile where they fit, as its loads are latency-bound otherwise."""
-    block_m = _block(hw, 128)
-    default = Config(block_m, _block(b, 128), 64 if dtype.itemsize == 2 else 32, num_warps=8, num_stages=3)
-    return _tuned("block_infer", f"m{block_m}-b{_block(b, 128)}-n{_block(n, 64)}", dtype, device, default)
+def block_infer(pixels: int, b: int, n: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """BLOCK_N is the bottleneck's. Both products live in one kernel: 64 rows, or its registers spill."""
+    default = Config(64, _block(b, 128), _depth(dtype), num_warps=8, num_stages=2)
+    return _tuned("block_infer", f"b{default.BLOCK_N}-n{_block(n, 64)}-p{_block(pixels, 256)}", dtype, device, default)
 
 
 def elementwise(channels: int, device: torch.device) -> Config:
@@ -89,9 +88,25 @@ def merge(tiles: int) -> Config:
     return Config(BLOCK_T=_block(tiles, 256), BLOCK_C=16, num_warps=4, num_stages=1)
 
 
+def _depth(dtype: torch.dtype) -> int:
+    """BLOCK_K: rows of 128 bytes; half where the registers of AMD's GPUs would spill."""
+    return 32 if dtype.itemsize == 4 or _family == "hip" else 64
+
+
 def _rows(m: int) -> str:
     """Whether one wave of 128-row tiles fills a large GPU: what changes the best answer."""
-    return "many" if m >= 128 * 132 else "few"
+    return "many" if m >= _MANY else "few"
+
+
+@contextlib.contextmanager
+def assume(family: str) -> Iterator[None]:
+    """Give the defaults for ``"cuda"`` or ``"hip"``, whichever torch is built for: for reports."""
+    global _family
+    previous, _family = _family, family
+    try:
+        yield
+    finally:
+        _family = previous
 
 
 def _tuned(kernel: str, key: str, dtype: torch.dtype, device: torch.device, default: Config) -> Config:
