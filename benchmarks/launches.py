@@ -6,7 +6,7 @@ The drivers of :mod:`fastdense.kernels.triton` run on meta tensors, and each lau
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class Launch:
 
     @property
     def name(self) -> str:
-        return self.kernel.__name__
+        return self.kernel.fn.__name__
 
     def replay(self) -> None:
         """Launch it again, on the tensors it was launched with."""
@@ -48,47 +48,57 @@ class Launch:
         """What must move between memory and the chip: every operand once, every result once."""
         a = self.arguments
         size = {name: value.element_size() for name, value in a.items() if isinstance(value, Tensor)}
-        parts = 8 * self.grid[0] if a.get("STATS") else 0  # bytes of mean and m2 for each channel
+        parts = 8 * self.grid[0] if a.get("STATS") else 0  # mean and m2 of a channel, float32
         if self.name == "_bn_relu_conv1x1_fwd_kernel":
-            weights = (a["K"] + 8) * a["N"] * size["w_ptr"]
-            return a["M"] * (a["K"] * size["x_ptr"] + a["N"] * size["h_ptr"]) + weights + parts * a["N"]
+            vectors = 8 * a["K"] + (8 * a["N"] if a["FOLD"] else 0)
+            tiles = a["M"] * (a["K"] * size["x_ptr"] + a["N"] * size["h_ptr"])
+            return tiles + a["K"] * a["N"] * size["w_ptr"] + vectors + parts * a["N"]
         if self.name == "_bn_relu_conv3x3_fwd_kernel":
-            weights = 9 * a["K"] * a["N"] * size["w_ptr"]
-            return a["M"] * (a["K"] * size["x_ptr"] + a["N"] * size["y_ptr"]) + weights + parts * a["N"]
+            vectors = 8 * a["K"] if a["NORM"] else 0
+            tiles = a["M"] * (a["K"] * size["x_ptr"] + a["N"] * size["y_ptr"])
+            return tiles + 9 * a["K"] * a["N"] * size["w_ptr"] + vectors + parts * a["N"]
         if self.name == "_block_infer_kernel":
-            pixels = self.grid[0] * a["H"] * a["W"]
-            return (
-                pixels * (a["C0"] + a["LAYERS"] * a["GROWTH"]) * size["x_ptr"] + a["w1_ptr"].nbytes + a["w3_ptr"].nbytes
-            )
+            channels = a["C0"] + a["LAYERS"] * a["GROWTH"]
+            vectors = sum(a[name].nbytes for name in ("scale1_ptr", "shift1_ptr", "scale2_ptr", "shift2_ptr"))
+            tiles = self.grid[0] * a["H"] * a["W"] * channels * size["x_ptr"]
+            return tiles + a["w1_ptr"].nbytes + a["w3_ptr"].nbytes + vectors
         if self.name == "_bn_relu_pool_conv1x1_fwd_kernel":
-            return a["M"] * (4 * a["K"] * size["x_ptr"] + a["N"] * size["out_ptr"]) + a["w_ptr"].nbytes
+            tiles = a["M"] * (4 * a["K"] * size["x_ptr"] + a["N"] * size["out_ptr"])
+            return tiles + a["w_ptr"].nbytes + 8 * a["K"]
         if self.name == "_copy_stats_fwd_kernel":
             return a["M"] * a["C"] * (size["x_ptr"] + (size["y_ptr"] if a["COPY"] else 0)) + parts * a["C"]
-        if self.name == "_bn_relu_maxpool_fwd_kernel":
-            return a["x_ptr"].nbytes + a["out_ptr"].nbytes
-        if self.name == "_bn_relu_mean_fwd_kernel":
-            return a["x_ptr"].nbytes + a["out_ptr"].nbytes
-        merged = 8 * a["TILES"] * a["C_NEW"] if a["MERGE"] else 0
-        return merged + 24 * a["C_NORM"]
+        if self.name in ("_bn_relu_maxpool_fwd_kernel", "_bn_relu_mean_fwd_kernel"):
+            return a["x_ptr"].nbytes + a["out_ptr"].nbytes + 8 * a["C"]
+        merged = 8 * (a["TILES"] + 1) * a["C_NEW"] if a["MERGE"] else 0
+        return merged + (16 + 2 * size["weight_ptr"]) * a["C_NORM"]
 
 
 @contextlib.contextmanager
-def recorded(make: bool) -> Iterator[list[Launch]]:
-    """The launches made in the block, if ``make``, or only asked for; their ``part`` is empty."""
-    from triton.runtime.jit import JITFunction
+def recorded(make: bool, after: Callable[[Launch], None] | None = None) -> Iterator[list[Launch]]:
+    """The launches made in the block, if ``make``, or only asked for; their ``part`` is empty.
+
+    ``after`` is called with each when it was made.
+    """
+    from triton.runtime.jit import KernelInterface
 
     launches: list[Launch] = []
-    run = JITFunction.run
+    get = KernelInterface.__getitem__
 
-    def note(self: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> Any:
-        launches.append(Launch("", self, grid, dict(zip(self.arg_names, args, strict=False)) | options))
-        return run(self, *args, grid=grid, warmup=warmup, **options) if make else None
+    def note(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def launch(*args: Any, **options: Any) -> Any:
+            launches.append(Launch("", kernel, grid, dict(zip(kernel.arg_names, args, strict=False)) | options))
+            if make:
+                get(kernel, grid)(*args, **options)
+            if after is not None:
+                after(launches[-1])
 
-    JITFunction.run = note
+        return launch
+
+    KernelInterface.__getitem__ = note
     try:
         yield launches
     finally:
-        JITFunction.run = run
+        KernelInterface.__getitem__ = get
 
 
 def forward_launches(arch: str, batch: int, size: int, dtype: torch.dtype, train: bool) -> list[Launch]:

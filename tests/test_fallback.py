@@ -257,9 +257,11 @@ def test_wrong_and_unavailable_backends(pair, x):
     with pytest.raises(ValueError, match="backend must be one of auto, triton, cpu, torch, reference, got 'cuda'"):
         fastdense.use_backend("cuda").__enter__()
     _, fast = pair
-    with fastdense.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' was asked for, but"):
+    with fastdense.use_backend("cpu"), pytest.raises(RuntimeError, match="'cpu' was asked for, but"):
         fast(x)
-    assert is_fast(fast, x)
+    with fastdense.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' was asked for, but"):
+        fast.double()(x.double())
+    assert is_fast(fast.float(), x)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +286,8 @@ def test_status_says_what_and_why():
     rows = status.as_dict()
     assert rows["fastdense"]["state"] == fastdense.__version__
     assert rows["backend torch"]["state"] == "available"
-    assert rows["backend triton"] == {"state": "unavailable", "note": "this version has no Triton kernels yet"}
+    assert rows["backend cpu"] == {"state": "unavailable", "note": "this version has no C++ kernels yet"}
+    assert "Triton" in rows["backend triton"]["note"]
     assert rows["chosen for cpu"] == {"state": "torch", "note": "automatic"}
     assert "backend reference" in str(status)
     with fastdense.use_backend("reference"):

@@ -109,13 +109,15 @@ def _finalise_kernel(
     is_new = (offs_c >= FIRST) & (offs_c < FIRST + C_NEW)
     if MERGE and (tl.program_id(0) + 1) * BLOCK_C > FIRST:
         offs_new = offs_c - FIRST
+        near = tl.load(part_mean_ptr + offs_new, mask=is_new, other=0.0)  # the first tile's: sums stay small beside it
         for start in range(0, TILES, BLOCK_T):
             offs_t = start + tl.arange(0, BLOCK_T)
             mask = (offs_t < TILES)[:, None] & is_new[None, :]
             offs = offs_t[:, None].to(tl.int64) * C_NEW + offs_new[None, :]
             count = tl.minimum(M - offs_t * TILE_M, TILE_M).to(tl.float32)
             part = tl.load(part_mean_ptr + offs, mask=mask, other=0.0)  # [BLOCK_T, BLOCK_C]
-            mean += tl.sum(part * (count / M)[:, None], 0)
+            mean += tl.sum(tl.where(mask, (part - near[None, :]) * (count / M)[:, None], 0.0), 0)
+        mean += near
         for start in range(0, TILES, BLOCK_T):
             offs_t = start + tl.arange(0, BLOCK_T)
             mask = (offs_t < TILES)[:, None] & is_new[None, :]
