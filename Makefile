@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install bench plots kernel-report test lint format clean
+.PHONY: help install bench plots kernel-report gpu-check tune test lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,12 @@ plots: $(INSTALLED)  ## draw the plots again from the saved results
 
 kernel-report: $(INSTALLED)  ## compile the Triton kernels for four GPU generations: registers, spills, predicted time
 	$(BIN)/python -m fastdense.benchmarks.kernel_report
+
+gpu-check: $(INSTALLED)  ## on a GPU: parity, time over floor, networks beside eager and torch.compile; resumable
+	$(BIN)/python -m fastdense.benchmarks.gpu_check
+
+tune: $(INSTALLED)  ## on a GPU: write its kernels/tuned/<gpu>.json
+	$(BIN)/python -m fastdense.benchmarks.tune
 
 test: $(INSTALLED)  ## everything that can run on this machine
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest

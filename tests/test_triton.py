@@ -397,6 +397,57 @@ def test_known_norms_make_exact_vectors(device):
     torch.testing.assert_close(shift.double(), bias.double() - mean.double() * expected, rtol=1e-5, atol=1e-6)
 
 
+@only_interpreted
+def test_tuning_tries_what_fits_and_reads_its_own_keys(twins, randn, monkeypatch):
+    from fastdense.benchmarks import tune
+    from fastdense.kernels.triton import tuning
+
+    block, _ = twins("block", 2, 64)
+    with torch.no_grad(), _launches() as launches:
+        block.half().train()(randn(2, 64, 12, 12).half())
+    launch = next(launch for launch in launches if launch.name == "_bn_relu_conv1x1_fwd_kernel")
+    seconds = {32: 1.0, 64: 0.5, 128: 2.0}
+    monkeypatch.setattr(tune, "_seconds", lambda launch: seconds[launch.arguments["BLOCK_K"]] * launch.grid[0])
+    winner, quickest, default = tune.best(launch)
+    assert winner is not None
+    assert winner["BLOCK_M"] == 256
+    assert quickest < default
+    n, k = launch.arguments["N"], launch.arguments["K"]
+    assert tune._key(launch) == tuning.key(launch.arguments["M"], n, k, 128, torch.float16) == "n128-k64-few-16bit"
+
+
+def test_gpu_check_goes_on_where_it_stopped(tmp_path):
+    from rich.console import Console
+
+    from fastdense.benchmarks.gpu_check import Check, kernel_table, network_table, run
+
+    calls = []
+
+    def answer(name, value):
+        def give():
+            calls.append(name)
+            if isinstance(value, Exception):
+                raise value
+            return value
+
+        return Check(name, give)
+
+    kernels = [{"kernel": "_a_kernel", "seconds": 2e-6, "bytes": 3e6, "macs": 0}]
+    todo = [answer("ceilings", {"bytes_per_s": 3e12, "flops": 8e14}), answer("kernels/inference/1", kernels)]
+    todo += [answer("networks/inference/1/eager", {"images_per_s": 10.0})]
+    todo += [answer("networks/inference/1/fast", {"images_per_s": 40.0})]
+    path, console = tmp_path / "gpu" / "gpu-check.json", Console(quiet=True)
+    assert run(todo, path, {"commit": "a"}, -1, False, console) == 2
+    assert run(todo[:1], path, {"commit": "a"}, 1, False, console) == 0
+    assert run(todo, path, {"commit": "a"}, 1, False, console) == 0
+    assert calls == [check.name for check in todo]
+    answers = json.loads(path.read_text())["checks"]
+    assert list(kernel_table(answers).columns[-1].cells) == ["2.00"]
+    assert list(network_table(answers).columns[-1].cells) == ["1.00x", "4.00x"]
+    assert run([*todo, answer("parity/x", RuntimeError("no"))], path, {"commit": "b"}, 1, False, console) == 1
+    assert len(calls) == 9
+
+
 # -- what the compiler makes of them --------------------------------------------------------------------------------
 
 

@@ -115,7 +115,16 @@ def _weights(layers: DenseLayers, dtype: torch.dtype) -> tuple[list[Tensor], lis
     """The 1x1 weights [B, C_l] and the 3x3 weights [k, 3, 3, B or C_l], dense and of ``dtype``."""
     first = [weight.flatten(1) for weight in layers.conv1_weight] if layers.has_bottleneck else []
     growth = [weight.permute(0, 2, 3, 1) for weight in layers.growth_weight]
-    return [w.to(dtype).contiguous() for w in first], [w.to(dtype).contiguous() for w in growth]
+    return _packed(first, dtype), _packed(growth, dtype)
+
+
+def _packed(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Dense and of ``dtype``: as they are, or copied in one launch."""
+    if all(weight.dtype == dtype and weight.is_contiguous() for weight in weights):
+        return weights
+    copies = [torch.empty(weight.shape, dtype=dtype, device=weight.device) for weight in weights]
+    torch._foreach_copy_(copies, weights)
+    return copies
 
 
 def _kept(masks: list[Tensor], layer: int) -> Tensor | None:

@@ -53,7 +53,7 @@ def conv1x1_fwd(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device
     """
     block_n = _block(n, 128)
     default = Config(128 if m >= _MANY else 64, block_n, _block(k, _depth(dtype)), num_warps=8 if n > 64 else 4)
-    return _tuned("conv1x1_fwd", f"n{block_n}-k{_block(k, 1024)}-{_rows(m)}", dtype, device, default)
+    return _tuned("conv1x1_fwd", key(m, n, k, block_n, dtype), device, default)
 
 
 def conv3x3_fwd(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
@@ -61,20 +61,20 @@ def conv3x3_fwd(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device
     block_n = _block(n, 64)
     many = m >= _MANY
     default = Config(128 if many else 64, block_n, _block(k, _depth(dtype)), num_warps=8 if many else 4)
-    return _tuned("conv3x3_fwd", f"n{block_n}-k{_block(k, 1024)}-{_rows(m)}", dtype, device, default)
+    return _tuned("conv3x3_fwd", key(m, n, k, block_n, dtype), device, default)
 
 
 def transition_fwd(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Four tiles of x make one of z, so tiles are half as deep; wide N, so that x comes from memory once."""
     block_n = _block(n, 128)
     default = Config(64, block_n, _block(k, 32), num_warps=8 if n > 64 else 4)
-    return _tuned("transition_fwd", f"n{block_n}-k{_block(k, 1024)}-{_rows(m)}", dtype, device, default)
+    return _tuned("transition_fwd", key(m, n, k, block_n, dtype), device, default)
 
 
 def block_infer(pixels: int, b: int, n: int, dtype: torch.dtype, device: torch.device) -> Config:
     """BLOCK_N is the bottleneck's. Both products live in one kernel: 64 rows, or its registers spill."""
     default = Config(64, _block(b, 128), _depth(dtype), num_warps=8, num_stages=2)
-    return _tuned("block_infer", f"b{default.BLOCK_N}-n{_block(n, 64)}-p{_block(pixels, 256)}", dtype, device, default)
+    return _tuned("block_infer", key(pixels, n, b, _block(n, 64), dtype), device, default)
 
 
 def elementwise(channels: int, device: torch.device) -> Config:
@@ -93,9 +93,14 @@ def _depth(dtype: torch.dtype) -> int:
     return 32 if dtype.itemsize == 4 or _family == "hip" else 64
 
 
-def _rows(m: int) -> str:
-    """Whether one wave of 128-row tiles fills a large GPU: what changes the best answer."""
-    return "many" if m >= _MANY else "few"
+def key(m: int, n: int, k: int, block_n: int, dtype: torch.dtype) -> str:
+    """What changes the best answer: the tile's width, the depth to a power of two, whether rows are many, the dtype."""
+    return f"n{block_n}-k{_block(k, 1024)}-{'many' if m >= _MANY else 'few'}-{8 * dtype.itemsize}bit"
+
+
+def file_for(gpu: str) -> Path:
+    """Where the tuned file of a GPU of that name is."""
+    return _FOLDER / f"{gpu.lower().replace(' ', '-')}.json"
 
 
 @contextlib.contextmanager
@@ -109,21 +114,16 @@ def assume(family: str) -> Iterator[None]:
         _family = previous
 
 
-def _tuned(kernel: str, key: str, dtype: torch.dtype, device: torch.device, default: Config) -> Config:
+def _tuned(kernel: str, key: str, device: torch.device, default: Config) -> Config:
     """The entry of the tuned file, or the default."""
-    if device.type != "cuda":
+    override = os.environ.get("FASTDENSE_TUNED")
+    if device.type != "cuda" or override == "off":
         return default
-    entry = _entries(_path(torch.cuda.get_device_name(device))).get(kernel, {}).get(f"{key}-{8 * dtype.itemsize}bit")
+    path = Path(override) if override else file_for(torch.cuda.get_device_name(device))
+    entry = _entries(path).get(kernel, {}).get(key)
     return default if entry is None else replace(default, **entry)
 
 
-def _path(gpu: str) -> Path | None:
-    override = os.environ.get("FASTDENSE_TUNED")
-    if override == "off":
-        return None
-    return Path(override) if override else _FOLDER / f"{gpu.lower().replace(' ', '-')}.json"
-
-
 @functools.cache
-def _entries(path: Path | None) -> dict[str, dict[str, dict[str, int]]]:
-    return json.loads(path.read_text())["configs"] if path is not None and path.exists() else {}
+def _entries(path: Path) -> dict[str, dict[str, dict[str, int]]]:
+    return json.loads(path.read_text())["configs"] if path.exists() else {}

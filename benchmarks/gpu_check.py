@@ -1,0 +1,291 @@
+"""Everything worth knowing of the Triton kernels on this GPU, in one resumable command: ``make gpu-check``.
+
+Checks run one after the other, each saved when done to ``benchmarks/results/<device>/gpu-check.json``; a second run
+goes on with those the same commit has not answered yet. A run starts no check after ``--minutes``.
+
+- parity: the tests of the kernels, and ``fastdense verify``, in float32, float16 and bfloat16 against float64
+- kernels: each launch of a DenseNet-121, its median time beside its floor at the GPU's measured ceilings
+- parts: each block and transition beside stock PyTorch and torch.compile doing the same
+- networks: inference and training forward, at batch 1, 32 and 256, beside eager channels-last AMP and torch.compile
+- sanitizer: compute-sanitizer's memcheck over a small network, where it is installed
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import fastdense
+from fastdense import reference
+
+from . import results
+from .launches import Launch, recorded
+
+_BATCHES = (256, 32, 1)
+_DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Check:
+    """A question and the function that answers it with something JSON can hold."""
+
+    name: str
+    answer: Callable[[], Any]
+
+
+def checks() -> list[Check]:
+    """All of them, the most important first."""
+    found = [Check("parity/tests", _tests), Check("parity/verify", _verify), Check("ceilings", _ceilings)]
+    for batch in (256, 32):
+        for train in (True, False):
+            found.append(Check(f"kernels/{_mode(train)}/{batch}", partial(_kernels, batch, train)))
+    for contender in ("fast", "fast, CUDA graph", "eager", "torch.compile"):
+        for train in (False, True):
+            for batch in _BATCHES:
+                name = f"networks/{_mode(train)}/{batch}/{contender}"
+                found.append(Check(name, partial(_network, contender, batch, train)))
+    for contender in ("fast", "eager", "torch.compile"):
+        found.append(Check(f"parts/{contender}", partial(_parts, contender)))
+    return [*found, Check("sanitizer", _sanitizer)]
+
+
+# -- answers --------------------------------------------------------------------------------------------------------
+
+
+def _tests() -> dict[str, Any]:
+    folder = Path(__file__).parent.parent / "tests"
+    if not folder.exists():
+        return {"passed": None, "note": "no tests beside the package: not a checkout"}
+    command = ["-q", "-x", str(folder / "test_triton.py"), str(folder / "test_numerics.py"), "-k", "not compile_clean"]
+    run = subprocess.run(["pytest", *command], capture_output=True, text=True, check=False)
+    return {"passed": run.returncode == 0, "summary": run.stdout.strip().splitlines()[-1:], "tail": run.stdout[-3000:]}
+
+
+def _verify() -> dict[str, Any]:
+    command = [sys.executable, "-m", "fastdense", "verify", "--device", "cuda", "--json"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return {"passed": run.returncode == 0, "report": json.loads(run.stdout) if run.stdout else run.stderr[-2000:]}
+
+
+def _ceilings() -> dict[str, float]:
+    """Bytes a second of a large copy, and bfloat16 operations a second of a large product."""
+    a = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    m = torch.randn(8192, 8192, dtype=_DTYPE, device="cuda")
+    return {
+        "bytes_per_s": 2 * a.nbytes / _seconds(lambda: b.copy_(a)),
+        "flops": 2 * 8192**3 / _seconds(lambda: m @ m),
+    }
+
+
+def _kernels(batch: int, train: bool) -> list[dict[str, Any]]:
+    """Median seconds of each launch, and what it must move and multiply."""
+    net, x = _model(fastdense, train), _input(batch)
+    with torch.no_grad(), recorded(make=True) as launches:
+        _forward(net, x, train)()
+    return [_timed(launch) for launch in launches]
+
+
+def _timed(launch: Launch) -> dict[str, Any]:
+    sizes = {key: value for key, value in launch.arguments.items() if isinstance(value, int | bool | str)}
+    return {
+        "kernel": launch.name, "grid": list(launch.grid), "arguments": sizes, "seconds": _seconds(launch.replay, 20),
+        "bytes": launch.bytes(), "macs": launch.macs(),
+    }  # fmt: skip
+
+
+def _network(contender: str, batch: int, train: bool) -> dict[str, Any]:
+    net, x = _model(reference if contender in ("eager", "torch.compile") else fastdense, train), _input(batch)
+    started = time.perf_counter()
+    if contender == "torch.compile":
+        net = torch.compile(net, mode="max-autotune")
+
+    run: Callable[[], Any] = _forward(net, x, train)
+    run()
+    torch.cuda.synchronize()
+    first = time.perf_counter() - started
+    if contender == "fast, CUDA graph":
+        run = _graphed(run)
+    torch.cuda.reset_peak_memory_stats()
+    seconds = _seconds(run, 200)
+    peak = torch.cuda.max_memory_allocated()
+    return {"seconds": seconds, "images_per_s": batch / seconds, "first_call_s": first, "peak_bytes": peak}
+
+
+def _forward(module: Callable[[Tensor], Tensor], x: Tensor, train: bool) -> Callable[[], Tensor]:
+    """Under AMP; a training forward keeps what a backward would need, and drops it with its output."""
+
+    def forward() -> Tensor:
+        with torch.autocast("cuda", _DTYPE, cache_enabled=False):
+            return module(x)
+
+    return forward if train else torch.inference_mode()(forward)
+
+
+def _graphed(run: Callable[[], Any]) -> Callable[[], None]:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def _parts(contender: str) -> list[dict[str, Any]]:
+    """Training forward and inference of each block and transition, on inputs of its size at batch 256."""
+    rows = []
+    library = fastdense if contender == "fast" else reference
+    for train in (True, False):
+        net, size = _model(library, train), 56
+        for name, part in net.features.named_children():
+            if not name.startswith(("denseblock", "transition")):
+                continue
+            channels = next(m for m in part.modules() if isinstance(m, nn.BatchNorm2d)).num_features
+            x = torch.randn(256, channels, size, size, dtype=_DTYPE, device="cuda")
+            x = x.to(memory_format=torch.channels_last)
+            module = torch.compile(part) if contender == "torch.compile" else part
+            rows.append({"part": name, "train": train, "seconds": _seconds(_forward(module, x, train))})
+            size //= 2 if name.startswith("transition") else 1
+    return rows
+
+
+def _sanitizer() -> dict[str, Any]:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return {"passed": None, "note": "compute-sanitizer is not installed"}
+    program = (
+        "import torch, fastdense; net = fastdense.densenet_bc_100_12().cuda()\n"
+        "for train in (True, False): net.train(train)(torch.randn(2, 3, 33, 32, device='cuda'))"
+    )
+    command = [tool, "--error-exitcode", "1", sys.executable, "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return {"passed": run.returncode == 0, "tail": run.stdout[-2000:]}
+
+
+def _model(library: Any, train: bool) -> Any:
+    torch.manual_seed(0)
+    return library.densenet121().train(train).to("cuda", memory_format=torch.channels_last)
+
+
+def _input(batch: int) -> Tensor:
+    x = torch.randn(batch, 3, 224, 224, device="cuda")
+    return x.to(memory_format=torch.channels_last)
+
+
+def _seconds(run: Callable[[], Any], milliseconds: int = 100) -> float:
+    """The median, with L2 emptied before each call."""
+    import triton.testing
+
+    return 1e-3 * triton.testing.do_bench(run, warmup=25, rep=milliseconds, return_mode="median")
+
+
+def _mode(train: bool) -> str:
+    return "training forward" if train else "inference"
+
+
+# -- the run --------------------------------------------------------------------------------------------------------
+
+
+def run(
+    todo: list[Check], path: Path, environment: dict[str, Any], minutes: float, again: bool, console: Console
+) -> int:
+    """Answer what ``path`` does not hold yet for this commit: 0 when all is well, 1 on a failure, 2 out of time."""
+    saved = json.loads(path.read_text()) if path.exists() and not again else {}
+    if saved.get("environment", {}).get("commit") != environment["commit"]:
+        saved = {}
+    answers: dict[str, Any] = saved.get("checks", {})
+    started = time.monotonic()
+    for check in todo:
+        if check.name in answers:
+            continue
+        if time.monotonic() - started > 60 * minutes:
+            console.print(f"[yellow]out of time before {check.name}: run again to go on")
+            return 2
+        before = time.monotonic()
+        try:
+            answers[check.name] = check.answer()
+        except Exception as error:
+            answers[check.name] = {"passed": False, "error": f"{type(error).__name__}: {error}"}
+        console.print(f"{check.name}: {time.monotonic() - before:.0f} s")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"environment": environment, "checks": answers}, indent=1) + "\n")
+    failed = [name for name, answer in answers.items() if isinstance(answer, dict) and answer.get("passed") is False]
+    for name in failed:
+        console.print(f"[red]{name} failed: {answers[name].get('error') or answers[name]}")
+    return 1 if failed else 0
+
+
+def kernel_table(answers: dict[str, Any]) -> Table:
+    """Each kernel's time over its floor, summed over a network's launches."""
+    ceilings = answers["ceilings"]
+    table = Table("mode", "kernel", "launches", "us", "floor, us", "over floor", title="Kernels", box=None)
+    for name, rows in answers.items():
+        if not name.startswith("kernels/") or isinstance(rows, dict):
+            continue
+        for kernel in dict.fromkeys(row["kernel"] for row in rows):
+            own = [row for row in rows if row["kernel"] == kernel]
+            seconds = sum(row["seconds"] for row in own)
+            floor = sum(max(r["bytes"] / ceilings["bytes_per_s"], 2 * r["macs"] / ceilings["flops"]) for r in own)
+            table.add_row(
+                name.removeprefix("kernels/"), kernel.strip("_").removesuffix("_kernel"), str(len(own)),
+                f"{1e6 * seconds:.0f}", f"{1e6 * floor:.0f}", f"{seconds / floor:.2f}",
+            )  # fmt: skip
+    return table
+
+
+def network_table(answers: dict[str, Any]) -> Table:
+    """Images a second of each contender, and how many times that of eager."""
+    table = Table("network", "batch", "contender", "images/s", "of eager", title="DenseNet-121", box=None)
+    for name, answer in answers.items():
+        if name.startswith("networks/") and "images_per_s" in answer:
+            _, mode, batch, contender = name.split("/")
+            eager = answers.get(f"networks/{mode}/{batch}/eager", {}).get("images_per_s")
+            ratio = f"{answer['images_per_s'] / eager:.2f}x" if eager else ""
+            table.add_row(mode, batch, contender, f"{answer['images_per_s']:.0f}", ratio)
+    return table
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="gpu-check", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", default="", help="checks whose names begin so")
+    parser.add_argument(
+        "--minutes", type=float, default=9, help="start no check after that long (default: %(default)s)"
+    )
+    parser.add_argument("--again", action="store_true", help="answer all anew")
+    parser.add_argument("--output", type=Path, default=results.default_folder(), help="folder (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    console = Console()
+    if not torch.cuda.is_available():
+        console.print("gpu-check needs a CUDA GPU; `make kernel-report` needs none")
+        return 1
+    environment = results.environment("cuda")
+    path = arguments.output / results.device_slug({"environment": environment}) / "gpu-check.json"
+    todo = [check for check in checks() if check.name.startswith(arguments.only)]
+    status = run(todo, path, environment, arguments.minutes, arguments.again, console)
+    answers = json.loads(path.read_text())["checks"] if path.exists() else {}
+    if "bytes_per_s" in answers.get("ceilings", {}):
+        console.print(kernel_table(answers))
+    console.print(network_table(answers))
+    console.print(str(path))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
