@@ -91,7 +91,8 @@ def compile_for(launch: Launch, gpu: Gpu) -> Compiled:
         text = kernel.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])  # type: ignore[index]
         spills = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1])  # type: ignore[index]
-    matrix = len(re.findall(gpu.matrix, text))
+    wide = launch.arguments.get("BLOCK_M", 0) >= 64  # narrower tiles use the older instructions
+    matrix = len(re.findall(gpu.matrix if wide else rf"{gpu.matrix}|\bHMMA\.", text))
     threads = warps * gpu.warp
     programs = min(
         gpu.warps // warps, gpu.registers // (threads * max(registers, 1)), gpu.shared // shared if shared else 1 << 30

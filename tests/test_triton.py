@@ -74,23 +74,38 @@ def _backend() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=["few rows", "many rows"])
+def tiles(request, monkeypatch) -> None:
+    """The block shapes of small problems, which all those here are, and those of large ones."""
+    if request.param == "many rows":
+        _many_rows(monkeypatch)
+
+
+def _many_rows(monkeypatch) -> None:
+    tuning = importlib.import_module("fastdense.kernels.triton.tuning")
+    monkeypatch.setattr(tuning, "_FEW", 0)
+    monkeypatch.setattr(tuning, "_MANY", 0)
+
+
 # -- numbers ----------------------------------------------------------------------------------------------------
 
 
 @every_precision
 @train_and_eval
 @pytest.mark.parametrize("geometry", BLOCKS)
-def test_block(geometry, train, precision, device, twins, randn, clear_relus, assert_parity):
+def test_block(geometry, train, precision, device, twins, randn, clear_relus, monkeypatch, assert_parity):
     arguments, shape = BLOCKS[geometry]
     pair = [module.train(train).to(device) for module in twins("block", **arguments)]
     inputs = [randn(*shape, seed=seed, device=device) for seed in range(2)]
     clear_relus(pair, inputs)
+    if train:
+        _many_rows(monkeypatch)
     assert_parity(*pair, inputs, **precision)
 
 
 @every_precision
 @train_and_eval
-def test_network(train, precision, device, twins, randn, clear_relus, assert_parity):
+def test_network(train, precision, tiles, device, twins, randn, clear_relus, assert_parity):
     """Stem tail, blocks, transitions and head, with statistics handed from one to the next."""
     pair = [module.train(train).to(device) for module in twins("net", 12, (2, 2), 16, num_classes=10)]
     inputs = [randn(2, 3, 37, 32, seed=seed, device=device) for seed in range(2)]
@@ -99,7 +114,7 @@ def test_network(train, precision, device, twins, randn, clear_relus, assert_par
 
 
 @pytest.mark.parametrize("frozen", ["norm1", "norm2"])
-def test_mixed_norms(frozen, device, twins, randn, clear_relus, assert_parity):
+def test_mixed_norms(frozen, tiles, device, twins, randn, clear_relus, assert_parity):
     pair = [module.to(device) for module in twins("block", 3, 13, growth_rate=5, bn_size=3)]
     for module in pair:
         module.train()
@@ -330,6 +345,7 @@ def test_bytes_touched_are_the_compulsory_ones(train, one_launch, twins, randn, 
     """Each launch touches at most 1.15 of its floor, and each program of a 1x1 reads pixels that no other reads."""
     dense_block = importlib.import_module("fastdense.kernels.triton.dense_block")
     monkeypatch.setattr(dense_block, "fits", lambda *_: one_launch)
+    _many_rows(monkeypatch)
     net, _ = twins("net", 32, (2, 2), 64, num_classes=10)
     x = randn(2, 3, 40, 40).half()
     seen = []
@@ -403,6 +419,7 @@ def test_tuning_tries_what_fits_and_reads_its_own_keys(twins, randn, monkeypatch
     from fastdense.kernels.triton import tuning
 
     block, _ = twins("block", 2, 64)
+    _many_rows(monkeypatch)
     with torch.no_grad(), _launches() as launches:
         block.half().train()(randn(2, 64, 12, 12).half())
     launch = next(launch for launch in launches if launch.name == "_bn_relu_conv1x1_fwd_kernel")
@@ -413,7 +430,7 @@ def test_tuning_tries_what_fits_and_reads_its_own_keys(twins, randn, monkeypatch
     assert winner["BLOCK_M"] == 256
     assert quickest < default
     n, k = launch.arguments["N"], launch.arguments["K"]
-    assert tune._key(launch) == tuning.key(launch.arguments["M"], n, k, 128, torch.float16) == "n128-k64-few-16bit"
+    assert tune._key(launch) == tuning.key(launch.arguments["M"], n, k, 128, torch.float16) == "n128-k64-many-16bit"
 
 
 def test_gpu_check_goes_on_where_it_stopped(tmp_path):

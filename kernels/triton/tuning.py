@@ -20,6 +20,7 @@ import torch
 import triton
 
 _MANY = 128 * 132  # pixels with which tiles of 128 rows fill the multiprocessors of a large GPU
+_FEW = 64 * 66  # pixels below which even tiles of 64 rows leave most of them idle: latency counts, not traffic
 _family = "hip" if torch.version.hip else "cuda"
 _FOLDER = Path(__file__).parent.parent / "tuned"
 
@@ -52,7 +53,8 @@ def conv1x1_fwd(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device
     That is 64 accumulators a thread of 8 warps. Fewer rows where 128 would leave multiprocessors idle.
     """
     block_n = _block(n, 128)
-    default = Config(128 if m >= _MANY else 64, block_n, _block(k, _depth(dtype)), num_warps=8 if n > 64 else 4)
+    wide = Config(128 if m >= _MANY else 64, block_n, _block(k, _depth(dtype)), num_warps=8 if n > 64 else 4)
+    default = wide if m >= _FEW else Config(16, _block(n, 32), _block(k, 2 * _depth(dtype)))
     return _tuned("conv1x1_fwd", key(m, n, k, block_n, dtype), device, default)
 
 
@@ -60,14 +62,16 @@ def conv3x3_fwd(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device
     """The few new channels in one tile, so that each tap is normalised once; 128 rows keep the halo's share low."""
     block_n = _block(n, 64)
     many = m >= _MANY
-    default = Config(128 if many else 64, block_n, _block(k, _depth(dtype)), num_warps=8 if many else 4)
+    wide = Config(128 if many else 64, block_n, _block(k, _depth(dtype)), num_warps=8 if many else 4)
+    default = wide if m >= _FEW else Config(16, 16, _block(k, 2 * _depth(dtype)), num_warps=2)
     return _tuned("conv3x3_fwd", key(m, n, k, block_n, dtype), device, default)
 
 
 def transition_fwd(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Four tiles of x make one of z, so tiles are half as deep; wide N, so that x comes from memory once."""
     block_n = _block(n, 128)
-    default = Config(64, block_n, _block(k, 32), num_warps=8 if n > 64 else 4)
+    wide = Config(64, block_n, _block(k, 32), num_warps=8 if n > 64 else 4)
+    default = wide if m >= _FEW else Config(16, _block(n, 32), _block(k, 64))
     return _tuned("transition_fwd", key(m, n, k, block_n, dtype), device, default)
 
 
@@ -95,7 +99,8 @@ def _depth(dtype: torch.dtype) -> int:
 
 def key(m: int, n: int, k: int, block_n: int, dtype: torch.dtype) -> str:
     """What changes the best answer: the tile's width, the depth to a power of two, whether rows are many, the dtype."""
-    return f"n{block_n}-k{_block(k, 1024)}-{'many' if m >= _MANY else 'few'}-{8 * dtype.itemsize}bit"
+    rows = "many" if m >= _MANY else "few" if m >= _FEW else "tiny"
+    return f"n{block_n}-k{_block(k, 1024)}-{rows}-{8 * dtype.itemsize}bit"
 
 
 def file_for(gpu: str) -> Path:
