@@ -4,8 +4,9 @@ See :mod:`fastdense.kernels.contract` for what the functions compute. Backward f
 ones still, on what the forward kernels leave them.
 """
 
-from ..portable import dense_block_backward, head_backward, stem_tail_backward, transition_backward
+from ..portable import head_backward, stem_tail_backward, transition_backward
 from .dense_block import dense_block, dense_block_inference
+from .dense_block_backward import dense_block_backward
 from .head import head
 from .statistics import channel_stats
 from .stem import stem_tail

@@ -1,4 +1,4 @@
-"""BN-ReLU-conv1x1 over a channel prefix of the shared buffer.
+"""BN-ReLU-conv1x1 over a channel prefix of the shared buffer, and its backward in one pass over that prefix.
 
 ::
 
@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..portable.batch_norm import Affine
 from . import tuning
 from .statistics import Partials, Vectors
-from .tile_math import affine_relu, relu, store_tile_stats
+from .tile_math import affine_relu, mask_by_relu, relu, store_tile_stats
 
 
 @triton.jit
@@ -100,3 +101,76 @@ def bn_relu_conv1x1_fwd(
 def precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as PyTorch's convolutions are told to."""
     return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+@triton.jit
+def _bn_relu_conv1x1_bwd_kernel(
+    x_ptr, scale_ptr, shift_ptr, mean_ptr, w_ptr, dh_ptr, g_ptr, part_dw_ptr, part_s1_ptr, part_s2_ptr,
+    M, K, N, TILES, stride_xm, stride_gm,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WGRAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dgrad and wgrad in one pass over x: a program has BLOCK_K channels, and TILES tiles of pixels::
+
+    z = relu(scale * x + shift)        da = (dh @ W) * 1[z > 0]        G += scale * da
+    dW += dh^T @ z        s1 += sum(da)        s2 += sum(da * (x - mean))
+    """
+    pid_k, pid_s = tl.program_id(0), tl.program_id(1)
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_k, mask_n = offs_k < K, offs_n < N
+    mask_w = mask_n[:, None] & mask_k[None, :]
+    w = tl.load(w_ptr + offs_n[:, None] * K + offs_k[None, :], mask=mask_w, other=0.0)  # [BLOCK_N, BLOCK_K]
+    scale = tl.load(scale_ptr + offs_k, mask=mask_k, other=0.0)
+    shift = tl.load(shift_ptr + offs_k, mask=mask_k, other=0.0)
+    mean = tl.load(mean_ptr + offs_k, mask=mask_k, other=0.0)
+    dw = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    s1 = tl.zeros((BLOCK_K,), tl.float32)
+    s2 = tl.zeros((BLOCK_K,), tl.float32)
+    for tile in range(TILES):
+        offs_m = (pid_s.to(tl.int64) * TILES + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        mask = mask_m[:, None] & mask_k[None, :]
+        dh_ptrs = dh_ptr + offs_m[:, None] * N + offs_n[None, :]
+        dh = tl.load(dh_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
+        x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+        z = affine_relu(x, scale, shift)  # [BLOCK_M, BLOCK_K]
+        da = mask_by_relu(tl.dot(dh, w, input_precision=PRECISION), z)
+        s1 += tl.sum(da, 0)
+        s2 += tl.sum(da * (x - mean[None, :]), 0)
+        g_ptrs = g_ptr + offs_m[:, None] * stride_gm + offs_k[None, :]
+        g = tl.load(g_ptrs, mask=mask, other=0.0).to(tl.float32) + scale[None, :] * da
+        tl.store(g_ptrs, g.to(g_ptr.dtype.element_ty), mask=mask)
+        if WGRAD:
+            dw = tl.dot(tl.trans(dh), z.to(dh.dtype), dw, input_precision=PRECISION)
+    part = pid_s.to(tl.int64) * K + offs_k
+    tl.store(part_s1_ptr + part, s1, mask=mask_k)
+    tl.store(part_s2_ptr + part, s2, mask=mask_k)
+    if WGRAD:
+        offs = (pid_s.to(tl.int64) * N + offs_n[:, None]) * K + offs_k[None, :]
+        tl.store(part_dw_ptr + offs, dw, mask=mask_w)
+
+
+def bn_relu_conv1x1_bwd(
+    x: Tensor, norm1: Affine, weight: Tensor, dh: Tensor, g: Tensor, sums: Partials, need_weight: bool
+) -> Tensor | None:
+    """Add to the prefix g [M, K] of the gradient buffer; the weight's gradient [N, K], float32, if needed.
+
+    Args:
+        x: [M, K], the prefix of the shared buffer.
+        weight: [N, K], dense, of dh's dtype; N at most 256.
+        dh: [M, N], dense.
+        sums: receives norm1's s1 and s2 by tile.
+    """
+    (m, k), n = x.shape, len(weight)
+    config = tuning.conv1x1_bwd(m, n, k, weight.dtype, x.device)
+    blocks = triton.cdiv(k, config.BLOCK_K)
+    tiles, splits = tuning.split(triton.cdiv(m, config.BLOCK_M), blocks, x.device)
+    parts = sums.begin(m, k, config.BLOCK_M * tiles)
+    dw = torch.empty((splits, n, k), dtype=torch.float32, device=x.device) if need_weight else x
+    _bn_relu_conv1x1_bwd_kernel[(blocks, splits)](
+        x, norm1.scale, norm1.shift, norm1.mean, weight, dh, g, dw, *parts,
+        m, k, n, tiles, x.stride(0), g.stride(0),
+        WGRAD=need_weight, PRECISION=precision(weight.dtype), **config.arguments(),
+    )  # fmt: skip
+    return dw.sum(0) if need_weight else None

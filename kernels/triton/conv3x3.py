@@ -14,14 +14,16 @@ Source: DenseNet (arXiv 1608.06993), section 3.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..portable.batch_norm import Affine
 from . import tuning
 from .conv1x1 import precision
 from .statistics import Partials, Vectors
-from .tile_math import affine_relu, split_pixels, store_tile_stats
+from .tile_math import affine_relu, mask_by_relu, split_pixels, store_tile_stats
 
 
 @triton.jit
@@ -97,3 +99,129 @@ def bn_relu_conv3x3_fwd(
         NORM=norm is not None, DROP=keep is not None, STATS=parts is not None, PRECISION=precision(weight.dtype),
         **config.arguments(),
     )  # fmt: skip
+
+
+@triton.jit
+def _conv3x3_dgrad_kernel(
+    dy_ptr, w_ptr, x_ptr, scale_ptr, shift_ptr, mean_ptr, out_ptr, part_s1_ptr, part_s2_ptr,
+    M, H, W, K, N, stride_xm, stride_om,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ADD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The norm's da [M, K], and its tiles' sums, from dy [M, N]; with ADD the gradient of x raw, added to ``out``::
+
+    da[p] = sum over taps t of dy[p - offset_t] @ W_t * 1[scale * x + shift > 0]        G += scale * da
+    """
+    pid_m, pid_k = tl.program_id(0), tl.program_id(1)
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_m, mask_k = offs_m < M, offs_k < K
+    row, column = split_pixels(offs_m, H, W)
+    dy_ptrs = dy_ptr + offs_m[:, None] * N + offs_n[None, :]
+    w_ptrs = w_ptr + offs_n[:, None] * (9 * K) + offs_k[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    steps = tl.cdiv(N, BLOCK_N)
+    for step in range(0, 9 * steps):
+        tap, n = step // steps, step % steps * BLOCK_N
+        down, right = tap // 3 - 1, tap % 3 - 1
+        mask_n = offs_n < N - n
+        inside = (row - down >= 0) & (row - down < H) & (column - right >= 0) & (column - right < W) & mask_m
+        offset = n - (down * W + right) * N
+        dy = tl.load(dy_ptrs + offset, mask=inside[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
+        w = tl.load(w_ptrs + n * 9 * K + tap * K, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+        acc = tl.dot(dy, w, acc, input_precision=PRECISION)
+
+    mask = mask_m[:, None] & mask_k[None, :]
+    x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + offs_k, mask=mask_k, other=0.0)
+    shift = tl.load(shift_ptr + offs_k, mask=mask_k, other=0.0)
+    mean = tl.load(mean_ptr + offs_k, mask=mask_k, other=0.0)
+    da = mask_by_relu(acc, affine_relu(x, scale, shift))  # 0 in rows beyond M: their dy is
+    part = pid_m.to(tl.int64) * K + offs_k
+    tl.store(part_s1_ptr + part, tl.sum(da, 0), mask=mask_k)
+    tl.store(part_s2_ptr + part, tl.sum(da * (x - mean[None, :]), 0), mask=mask_k)
+    out_ptrs = out_ptr + offs_m[:, None] * stride_om + offs_k[None, :]
+    if ADD:
+        da = tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32) + scale[None, :] * da
+    tl.store(out_ptrs, da.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def conv3x3_dgrad(
+    dy: Tensor, weight: Tensor, x: Tensor, norm: Affine, out: Tensor, size: tuple[int, int], sums: Partials, add: bool
+) -> None:
+    """Fill out [M, K] with the norm's da, or add the raw gradient of x to it.
+
+    Args:
+        dy: [M, N], dense; weight: [N, 3, 3, K], dense, of dy's dtype; x: [M, K] of dense channels.
+        sums: receives the norm's s1 and s2 by tile.
+    """
+    (m, n), k = dy.shape, x.shape[1]
+    config = tuning.conv3x3_dgrad(m, n, k, weight.dtype, x.device)
+    parts = sums.begin(m, k, config.BLOCK_M)
+    _conv3x3_dgrad_kernel[(triton.cdiv(m, config.BLOCK_M), triton.cdiv(k, config.BLOCK_K))](
+        dy, weight, x, norm.scale, norm.shift, norm.mean, out, *parts,
+        m, *size, k, n, x.stride(0), out.stride(0),
+        ADD=add, PRECISION=precision(weight.dtype), **config.arguments(),
+    )  # fmt: skip
+
+
+@triton.jit
+def _bn_relu_conv3x3_wgrad_kernel(
+    dy_ptr, x_ptr, scale_ptr, shift_ptr, part_dw_ptr,
+    M, H, W, K, N, TILES, stride_xm,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dW [N, 9, K] over TILES tiles of pixels: a program has the three taps of one row of the window::
+
+    dW_t = sum over pixels p of dy[p]^T @ u[p + offset_t]        u = relu(scale * x + shift), 0 outside
+    """
+    pid_k, pid_n, pid_s = tl.program_id(0) // 3, tl.program_id(1), tl.program_id(2)
+    window_row = tl.program_id(0) % 3
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_k, mask_n = offs_k < K, offs_n < N
+    scale = tl.load(scale_ptr + offs_k, mask=mask_k, other=0.0)
+    shift = tl.load(shift_ptr + offs_k, mask=mask_k, other=0.0)
+    left = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    centre = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    right = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    for tile in range(TILES):
+        offs_m = (pid_s.to(tl.int64) * TILES + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+        row, column = split_pixels(offs_m, H, W)
+        inside = (offs_m < M) & (row + window_row >= 1) & (row + window_row <= H)
+        dy_ptrs = dy_ptr + offs_m[:, None] * N + offs_n[None, :]
+        dy = tl.load(dy_ptrs, mask=(offs_m < M)[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
+        x_ptrs = x_ptr + (offs_m + (window_row - 1) * W)[:, None] * stride_xm + offs_k[None, :]
+        u = _activated(x_ptrs - stride_xm, inside & (column >= 1), mask_k, scale, shift, dy.dtype)
+        left = tl.dot(tl.trans(u), dy, left, input_precision=PRECISION)
+        u = _activated(x_ptrs, inside, mask_k, scale, shift, dy.dtype)
+        centre = tl.dot(tl.trans(u), dy, centre, input_precision=PRECISION)
+        u = _activated(x_ptrs + stride_xm, inside & (column + 1 < W), mask_k, scale, shift, dy.dtype)
+        right = tl.dot(tl.trans(u), dy, right, input_precision=PRECISION)
+    offs = (pid_s.to(tl.int64) * N + offs_n[None, :]) * (9 * K) + 3 * window_row * K + offs_k[:, None]
+    mask = mask_k[:, None] & mask_n[None, :]
+    tl.store(part_dw_ptr + offs, left, mask=mask)
+    tl.store(part_dw_ptr + offs + K, centre, mask=mask)
+    tl.store(part_dw_ptr + offs + 2 * K, right, mask=mask)
+
+
+@triton.jit
+def _activated(x_ptrs, inside, mask_k, scale, shift, dtype):
+    """u [BLOCK_M, BLOCK_K] at the pixels ``inside`` the image, 0 at the others."""
+    x = tl.load(x_ptrs, mask=inside[:, None] & mask_k[None, :], other=0.0)
+    return tl.where(inside[:, None], affine_relu(x, scale, shift), 0.0).to(dtype)
+
+
+def bn_relu_conv3x3_wgrad(dy: Tensor, x: Tensor, norm: Affine, size: tuple[int, int]) -> Tensor:
+    """dW [N, 9, K], float32, from dy [M, N], dense, and x [M, K] of dense channels."""
+    (m, n), k = dy.shape, x.shape[1]
+    config = tuning.conv3x3_wgrad(m, n, k, dy.dtype, x.device)
+    blocks_k, blocks_n = 3 * triton.cdiv(k, config.BLOCK_K), triton.cdiv(n, config.BLOCK_N)
+    tiles, splits = tuning.split(triton.cdiv(m, config.BLOCK_M), blocks_k * blocks_n, x.device)
+    dw = torch.empty((splits, n, 9, k), dtype=torch.float32, device=x.device)
+    _bn_relu_conv3x3_wgrad_kernel[(blocks_k, blocks_n, splits)](
+        dy, x, norm.scale, norm.shift, dw, m, *size, k, n, tiles, x.stride(0),
+        PRECISION=precision(dy.dtype), **config.arguments(),
+    )  # fmt: skip
+    return dw.sum(0)

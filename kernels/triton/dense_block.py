@@ -44,7 +44,7 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
     bottleneck_stats = zero_stats((count, width), store, x.device)
     partials = Partials(x.device)
     share_stats = any(layers.norm1_batch_stats)
-    weights1, weights3 = _weights(layers, dtype)
+    weights1, weights3 = packed_weights(layers, dtype)
     keep_scale = 0.0 if layers.drop_rate == 1 else 1 / (1 - layers.drop_rate)
     bottleneck: list[Tensor] = []
 
@@ -62,12 +62,12 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
             own = ChannelStats(bottleneck_stats.mean[layer], bottleneck_stats.var[layer])
             bn_relu_conv1x1_fwd(
                 source, vectors, weights1[layer], hidden,
-                keep=_kept(layers.bottleneck_mask, layer), keep_scale=keep_scale, stats=partials if wanted else None,
+                keep=kept(layers.bottleneck_mask, layer), keep_scale=keep_scale, stats=partials if wanted else None,
             )  # fmt: skip
             source, vectors = hidden, merge_for(layers.norm2(layer, own), own, partials if wanted else None)
         bn_relu_conv3x3_fwd(
             source, vectors, weights3[layer], shared[:, channels : channels + k], (h, w),
-            keep=_kept(layers.growth_mask, layer), keep_scale=keep_scale, stats=partials if share_stats else None,
+            keep=kept(layers.growth_mask, layer), keep_scale=keep_scale, stats=partials if share_stats else None,
         )  # fmt: skip
         if layer + 1 < count:
             vectors = merge_for(layers.norm1(layer + 1, stats), stats, partials if share_stats else None, channels)
@@ -87,7 +87,7 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) ->
     unread = ChannelStats(x.new_empty(0), x.new_empty(0))
     norms1 = _known([layers.norm1(layer, unread) for layer in range(layers.num_layers)])
     norms2 = _known([layers.norm2(layer, unread) for layer in range(len(layers.conv2_weight))])
-    weights1, weights3 = _weights(layers, dtype)
+    weights1, weights3 = packed_weights(layers, dtype)
     copy_stats_fwd(x, shared[:, :c0], None)
     if layers.has_bottleneck and fits(n, h * w, layers.bottleneck_channels, k, x.device):
         block_infer(shared, norms1, weights1, norms2, weights3, c0, (h, w))
@@ -111,7 +111,7 @@ def _known(norms: list[Norm]) -> list[Vectors]:
     return [Vectors(vectors.scale, vectors.shift) for vectors in affines(norms, torch.float32)]
 
 
-def _weights(layers: DenseLayers, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def packed_weights(layers: DenseLayers, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     """The 1x1 weights [B, C_l] and the 3x3 weights [k, 3, 3, B or C_l], dense and of ``dtype``."""
     first = [weight.flatten(1) for weight in layers.conv1_weight] if layers.has_bottleneck else []
     growth = [weight.permute(0, 2, 3, 1) for weight in layers.growth_weight]
@@ -127,5 +127,5 @@ def _packed(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return copies
 
 
-def _kept(masks: list[Tensor], layer: int) -> Tensor | None:
+def kept(masks: list[Tensor], layer: int) -> Tensor | None:
     return rows(masks[layer]).contiguous() if masks else None

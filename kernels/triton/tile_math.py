@@ -40,3 +40,9 @@ def store_tile_stats(y, mask_m, count, mean_ptr, m2_ptr, offs_n, mask_n):
     deviation = tl.where(mask_m[:, None], y - mean[None, :], 0.0)
     tl.store(mean_ptr + offs_n, mean, mask=mask_n)
     tl.store(m2_ptr + offs_n, tl.sum(deviation * deviation, 0), mask=mask_n)
+
+
+@triton.jit
+def mask_by_relu(dz, z):
+    """da = dz * 1[z > 0]; a NaN in z lets dz through, as PyTorch does."""
+    return tl.where(z <= 0, 0.0, dz)

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 import triton
 
+from .launch import multiprocessors
+
 _MANY = 128 * 132  # pixels with which tiles of 128 rows fill the multiprocessors of a large GPU
 _FEW = 64 * 66  # pixels below which even tiles of 64 rows leave most of them idle: latency counts, not traffic
 _family = "hip" if torch.version.hip else "cuda"
@@ -79,6 +81,35 @@ def block_infer(pixels: int, b: int, n: int, dtype: torch.dtype, device: torch.d
     """BLOCK_N is the bottleneck's. Both products live in one kernel: 64 rows, or its registers spill."""
     default = Config(64, _block(b, 128), _depth(dtype), num_warps=8, num_stages=2)
     return _tuned("block_infer", key(pixels, n, b, _block(n, 64), dtype), device, default)
+
+
+def conv1x1_bwd(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """Two products, dh and all of N: 64 rows by 64 channels hold 8 warps just short of spilling."""
+    block_n = _block(n, 256)
+    default = Config(64, block_n, _block(k, 64 if n <= 128 else 32), num_warps=8, num_stages=2)
+    return _tuned("conv1x1_bwd", key(m, n, k, block_n, dtype), device, default)
+
+
+def conv3x3_dgrad(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """All new channels at once, dy being small; 128 bottleneck channels by 64 rows are 32 accumulators a thread."""
+    block_n = _block(n, 64)
+    wide = Config(64, block_n, _block(k, 128), num_warps=8, num_stages=3)
+    default = wide if m >= _FEW else Config(16, block_n, _block(k, 32), num_stages=3)
+    return _tuned("conv3x3_dgrad", key(m, n, k, block_n, dtype), device, default)
+
+
+def conv3x3_wgrad(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """Three taps of accumulators, [64, 32] each."""
+    block_n = _block(n, 32)
+    default = Config(64, block_n, _block(k, 64), num_warps=4, num_stages=2)
+    return _tuned("conv3x3_wgrad", key(m, n, k, block_n, dtype), device, default)
+
+
+def split(tiles: int, blocks: int, device: torch.device) -> tuple[int, int]:
+    """Tiles a program, and programs that share a sum over ``tiles``: two waves where ``blocks`` programs are fewer."""
+    wanted = min(tiles, max(1, 2 * multiprocessors(device) // blocks))
+    each = triton.cdiv(tiles, wanted)
+    return each, triton.cdiv(tiles, each)
 
 
 def elementwise(channels: int, device: torch.device) -> Config:

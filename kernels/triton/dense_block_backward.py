@@ -1,0 +1,143 @@
+"""Backward of a whole dense block: layers last to first, one pass over the prefix a layer, corrections deferred.
+
+G is the gradient buffer, of X's layout and dtype, raw: each norm1 adds ``scale1 * da`` to it and its correction to
+the vectors P and Q. Layer l begins when all its readers are done::
+
+    dy = G + P + Q * (x - mean)                     of its k channels, [M, k]
+    da2, s1, s2 = conv3x3 dgrad, ReLU of norm2      dW2 = conv3x3 wgrad
+    dh = scale2 * da2 + p2 + q2 * (h - mean2)       in da2's place
+    G[:, :C_l] += scale1 * da1, s1, s2, dW1         one pass over X[:, :C_l]
+    P, Q += norm1's
+
+Every sum is made in two stages, in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import portable
+from ..contract import (
+    ChannelStats,
+    DenseBlockGrads,
+    DenseBlockNeeds,
+    DenseBlockOutput,
+    DenseLayers,
+    empty_channels_last,
+)
+from ..portable.batch_norm import Affine, affines, laid_out_as, rows
+from .conv1x1 import bn_relu_conv1x1_bwd, bn_relu_conv1x1_fwd
+from .conv3x3 import bn_relu_conv3x3_wgrad, conv3x3_dgrad
+from .dense_block import kept, packed_weights
+from .gradients import norm_sums, true_gradient
+from .launch import on_device
+from .statistics import Partials, Vectors
+
+
+@on_device
+def dense_block_backward(
+    grad_out: Tensor,
+    output: DenseBlockOutput,
+    layers: DenseLayers,
+    dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    needs: DenseBlockNeeds,
+) -> DenseBlockGrads:
+    """Gradients from that of X, for an input of ``x_dtype``. Bottlenecks that were not kept are made again."""
+    if layers.bottleneck_channels > 256:  # more than the fused 1x1 holds at once
+        return portable.dense_block_backward(grad_out, output, layers, dtype, x_dtype, needs)
+    n, channels, h, w = output.out.shape
+    k, count, device = layers.growth_rate, n * h * w, grad_out.device
+    shared = rows(output.out)
+    g = empty_channels_last((n, channels, h, w), shared.dtype, device).copy_(grad_out)
+    raw = rows(g)
+    stats = ChannelStats(output.mean, output.var)
+    correction = torch.zeros((2, channels), dtype=torch.float32, device=device)  # P and Q
+    norms1 = affines([layers.norm1(i, stats) for i in range(layers.num_layers)], torch.float32)
+    hidden_stats = map(ChannelStats, output.bottleneck_mean, output.bottleneck_var)
+    norms2 = affines(
+        [layers.norm2(i, own) for i, own in enumerate(hidden_stats)] if layers.has_bottleneck else [], torch.float32
+    )
+    weights1, weights3 = packed_weights(layers, dtype)
+    keep_scale = 0.0 if layers.drop_rate == 1 else 1 / (1 - layers.drop_rate)
+    sums = Partials(device)
+    grads = _empty(layers, needs, grad_out)
+
+    for layer in reversed(range(needs.first_layer(), layers.num_layers)):
+        channels -= k
+        source, norm1 = shared[:, :channels], norms1[layer]
+        new = slice(channels, channels + k)
+        dy = torch.empty((count, k), dtype=dtype, device=device)
+        true_gradient(
+            raw[:, new], shared[:, new], stats.mean[new], (correction[0, new], correction[1, new]), dy,
+            keep=kept(layers.growth_mask, layer), keep_scale=keep_scale,
+        )  # fmt: skip
+        if layers.has_bottleneck:
+            norm2 = norms2[layer]
+            if output.bottleneck:
+                hidden = output.bottleneck[layer]
+            else:
+                hidden = torch.empty((count, layers.bottleneck_channels), dtype=dtype, device=device)
+                keep = kept(layers.bottleneck_mask, layer)
+                vectors = Vectors(norm1.scale, norm1.shift)
+                bn_relu_conv1x1_fwd(source, vectors, weights1[layer], hidden, keep=keep, keep_scale=keep_scale)
+            da = torch.empty_like(hidden)
+            conv3x3_dgrad(dy, weights3[layer], hidden, norm2, da, (h, w), sums, add=False)
+            own = torch.zeros((2, hidden.shape[1]), dtype=torch.float32, device=device)
+            norm_sums(
+                sums, count, norm2.scale, norm2.rstd, grads.norm2_weight[layer], grads.norm2_bias[layer],
+                (own[0], own[1]), batch=layers.norm2_batch_stats[layer], add=False,
+            )  # fmt: skip
+            if needs.conv2[layer]:
+                grads.conv2_weight[layer] = _growth_gradient(dy, hidden, norm2, (h, w), layers.conv2_weight[layer])
+            true_gradient(
+                da, hidden, norm2.mean, (own[0], own[1]), da, scale=norm2.scale,
+                keep=kept(layers.bottleneck_mask, layer), keep_scale=keep_scale,
+            )  # fmt: skip
+            dw = bn_relu_conv1x1_bwd(source, norm1, weights1[layer], da, raw[:, :channels], sums, needs.conv1[layer])
+            if dw is not None:
+                weight = layers.conv1_weight[layer]
+                grads.conv1_weight[layer] = laid_out_as(dw.view(weight.shape), weight)
+        else:
+            conv3x3_dgrad(dy, weights3[layer], source, norm1, raw[:, :channels], (h, w), sums, add=True)
+            if needs.conv1[layer]:
+                grads.conv1_weight[layer] = _growth_gradient(dy, source, norm1, (h, w), layers.conv1_weight[layer])
+        norm_sums(
+            sums, count, norm1.scale, norm1.rstd, grads.norm1_weight[layer], grads.norm1_bias[layer],
+            (correction[0], correction[1]), batch=layers.norm1_batch_stats[layer], add=True,
+        )  # fmt: skip
+
+    if needs.x:
+        c0 = layers.input_channels
+        dx = empty_channels_last((n, c0, h, w), x_dtype, device)
+        p, q = correction[:, :c0]
+        true_gradient(raw[:, :c0], shared[:, :c0], stats.mean[:c0], (p, q), rows(dx))
+        grads = grads._replace(x=dx)
+    return grads
+
+
+def _growth_gradient(dy: Tensor, x: Tensor, norm: Affine, size: tuple[int, int], weight: Tensor) -> Tensor:
+    """Of a 3x3 weight [k, C, 3, 3], in its dtype and strides."""
+    k, c = weight.shape[:2]
+    return laid_out_as(bn_relu_conv3x3_wgrad(dy, x, norm, size).view(k, 3, 3, c).permute(0, 3, 1, 2), weight)
+
+
+def _empty(layers: DenseLayers, needs: DenseBlockNeeds, like: Tensor) -> DenseBlockGrads:
+    """Room for the gradients of the norms that will be reached, and an empty tensor in every other place."""
+    first = needs.first_layer()
+
+    def room(parameters: list[Tensor], reached: bool) -> list[Tensor]:
+        return [
+            torch.empty_like(p) if reached and layer >= first else p.new_empty(0) for layer, p in enumerate(parameters)
+        ]
+
+    return DenseBlockGrads(
+        like.new_empty(0),
+        room(layers.norm1_weight, True),
+        room(layers.norm1_bias, True),
+        room(layers.conv1_weight, False),
+        room(layers.norm2_weight, True),
+        room(layers.norm2_bias, True),
+        room(layers.conv2_weight, False),
+    )

@@ -1,0 +1,125 @@
+"""Gradients of norms: sums of tiles merged, corrections deferred, and the true gradient where one is consumed.
+
+With ``da`` the gradient after the norm's ReLU, over M pixels::
+
+    s1 = sum(da) = dbeta        s2 = sum(da * xhat) = dgamma
+    dx = scale * da + p + q * (x - mean)        p = -scale * s1 / M        q = -scale * rstd * s2 / M
+
+The correction ``p + q * (x - mean)`` is of the channel: norms that share its statistics add up their p and q, and
+one pass applies them all. p = q = 0 where a norm uses running statistics.
+
+Source: Ioffe and Szegedy 2015 (arXiv 1502.03167).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .statistics import Partials
+
+
+@triton.jit
+def _true_gradient_kernel(
+    g_ptr, scale_ptr, x_ptr, mean_ptr, p_ptr, q_ptr, keep_ptr, out_ptr,
+    M, C, stride_gm, stride_xm, keep_scale,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SCALE: tl.constexpr, DROP: tl.constexpr,
+):  # fmt: skip
+    """out [M, C] = scale * g + p + q * (x - mean), through the dropout that x came out of."""
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_m, mask_c = offs_m < M, offs_c < C
+    mask = mask_m[:, None] & mask_c[None, :]
+    g = tl.load(g_ptr + offs_m[:, None] * stride_gm + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
+    mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)
+    p = tl.load(p_ptr + offs_c, mask=mask_c, other=0.0)
+    q = tl.load(q_ptr + offs_c, mask=mask_c, other=0.0)
+    if SCALE:
+        g *= tl.load(scale_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
+    out = g + (p[None, :] + q[None, :] * (x - mean[None, :]))
+    offs = offs_m[:, None] * C + offs_c[None, :]
+    if DROP:
+        kept = tl.load(keep_ptr + offs, mask=mask, other=0) != 0
+        out = tl.where(kept, out * keep_scale, 0.0)
+    tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def true_gradient(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    correction: tuple[Tensor, Tensor],
+    out: Tensor,
+    *,
+    scale: Tensor | None = None,
+    keep: Tensor | None = None,
+    keep_scale: float = 1.0,
+) -> None:
+    """Fill the dense out [M, C], which may be g, from g and x [M, C] of dense channels; vectors are [C], float32."""
+    m, c = g.shape
+    config = tuning.elementwise(c, x.device)
+    _true_gradient_kernel[(triton.cdiv(m, config.BLOCK_M), triton.cdiv(c, config.BLOCK_C))](
+        g, mean if scale is None else scale, x, mean, *correction, x if keep is None else keep, out,
+        m, c, g.stride(0), x.stride(0), keep_scale,
+        SCALE=scale is not None, DROP=keep is not None, **config.arguments(),
+    )  # fmt: skip
+
+
+@triton.jit
+def _norm_sums_kernel(
+    part_s1_ptr, part_s2_ptr, scale_ptr, rstd_ptr, dbias_ptr, dweight_ptr, p_ptr, q_ptr,
+    M, TILES, C,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BATCH: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """dbias = s1, dweight = s2 and the correction, from tiles' sums of da and of da * (x - mean), in their order."""
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    s1 = tl.zeros((BLOCK_C,), tl.float32)
+    s2 = tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(0, TILES, BLOCK_T):
+        offs_t = start + tl.arange(0, BLOCK_T)
+        mask = (offs_t < TILES)[:, None] & mask_c[None, :]
+        offs = offs_t[:, None].to(tl.int64) * C + offs_c[None, :]
+        s1 += tl.sum(tl.load(part_s1_ptr + offs, mask=mask, other=0.0), 0)
+        s2 += tl.sum(tl.load(part_s2_ptr + offs, mask=mask, other=0.0), 0)
+    rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0.0)
+    s2 *= rstd
+    tl.store(dbias_ptr + offs_c, s1.to(dbias_ptr.dtype.element_ty), mask=mask_c)
+    tl.store(dweight_ptr + offs_c, s2.to(dweight_ptr.dtype.element_ty), mask=mask_c)
+    if BATCH:
+        share = tl.load(scale_ptr + offs_c, mask=mask_c, other=0.0) / -M
+        p, q = share * s1, share * rstd * s2
+        if ADD:
+            p += tl.load(p_ptr + offs_c, mask=mask_c, other=0.0)
+            q += tl.load(q_ptr + offs_c, mask=mask_c, other=0.0)
+        tl.store(p_ptr + offs_c, p, mask=mask_c)
+        tl.store(q_ptr + offs_c, q, mask=mask_c)
+
+
+def norm_sums(
+    partials: Partials,
+    count: int,
+    scale: Tensor,
+    rstd: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    correction: tuple[Tensor, Tensor],
+    *,
+    batch: bool,
+    add: bool,
+) -> None:
+    """Fill a norm's gradients [C], and set or add to the correction p and q [C] of its input of ``count`` pixels.
+
+    Args:
+        partials: s1 and, before its factor rstd, s2 of each tile.
+        batch: the norm uses its batch's statistics; p and q are left alone otherwise.
+    """
+    c = len(scale)
+    config = tuning.merge(partials.tiles)
+    _norm_sums_kernel[(triton.cdiv(c, config.BLOCK_C),)](
+        *partials.current(), scale, rstd, dbias, dweight, *correction, count, partials.tiles, c,
+        BATCH=batch, ADD=add, **config.arguments(),
+    )  # fmt: skip
