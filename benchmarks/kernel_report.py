@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from .launches import Launch, forward_launches
+from .launches import Launch, network_launches
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,12 @@ GPUS = (
     Gpu("sm_100", "cuda", 100, 32, 65536, 227 << 10, 64, r"\bUTC\w*MMA|\bHMMA\."),
     Gpu("gfx942", "hip", "gfx942", 64, 131072, 64 << 10, 32, r"\bv_mfma_"),
 )
+
+_MODES = {
+    (True, False): "training forward",
+    (True, True): "backward of the blocks",
+    (False, False): "inference",
+}  # by training and backward
 
 H100_BYTES_PER_S, H100_FLOPS = 3.0e12, 800e12
 """Measured on an H100 SXM: a large copy, and a large bfloat16 product."""
@@ -169,15 +175,15 @@ def predicted_seconds(launch: Launch) -> float:
 
 
 def shipped(arch: str, gpu: Gpu) -> list[Launch]:
-    """What the defaults are made for: training and inference, large and small batch, bfloat16."""
+    """What the defaults are made for: inference and training, large and small batch, bfloat16."""
     from fastdense.kernels.triton import tuning
 
     with tuning.assume(gpu.backend):
         return [
             launch
             for batch in (256, 1)
-            for train in (True, False)
-            for launch in forward_launches(arch, batch, 224, torch.bfloat16, train)
+            for train, backward in _MODES
+            for launch in network_launches(arch, batch, 224, torch.bfloat16, train, backward)
         ]
 
 
@@ -193,8 +199,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = [compile_for(*item) for item in track(work, "compiling", console=Console(stderr=True))]
     rows.sort(key=lambda row: (row.kernel, row.blocks))
     console.print(_resources(rows))
-    for train in (True, False):
-        console.print(_layers(arguments.arch, train))
+    for train, backward in _MODES:
+        console.print(_layers(arguments.arch, train, backward))
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     problems = [row for row in rows if row.problem]
@@ -214,15 +220,15 @@ def _resources(rows: list[Compiled]) -> Table:
     return table
 
 
-def _layers(arch: str, train: bool, batch: int = 256) -> Table:
-    mode = "training forward" if train else "inference"
+def _layers(arch: str, train: bool, backward: bool, batch: int = 256) -> Table:
+    mode = _MODES[train, backward]
     table = Table(
         "part", "kernel", "launches", "GMAC", "MB", "us", title_justify="left", box=None, pad_edge=False,
         title=f"{arch}, {mode}, bfloat16, batch {batch}: at an H100's {H100_BYTES_PER_S / 1e12} TB/s and "
         f"{H100_FLOPS / 1e12:.0f} TFLOP/s",
     )  # fmt: skip
     groups: dict[tuple[str, str], list[Launch]] = {}
-    for launch in forward_launches(arch, batch, 224, torch.bfloat16, train):
+    for launch in network_launches(arch, batch, 224, torch.bfloat16, train, backward):
         groups.setdefault((launch.part, launch.name), []).append(launch)
     total = 0.0
     for (part, name), launches in groups.items():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fastdense
-from fastdense.kernels.contract import ChannelStats, Norm
+from fastdense.kernels.contract import ChannelStats, DenseBlockNeeds, DenseLayers, Norm
 from fastdense.modules import FastDenseBlock, FastTransition
 
 
@@ -42,7 +42,10 @@ class Launch:
             channels = a["LAYERS"] * a["C0"] + a["GROWTH"] * a["LAYERS"] * (a["LAYERS"] - 1) // 2
             pixels = self.grid[0] * a["H"] * a["W"]
             return pixels * a["B"] * (channels + 9 * a["GROWTH"] * a["LAYERS"])
-        return a["M"] * a["N"] * a["K"] * (9 if "conv3x3" in self.name else 1) if "conv" in self.name else 0
+        if "conv" not in self.name:
+            return 0
+        products = 2 if self.name == "_bn_relu_conv1x1_bwd_kernel" and a["WGRAD"] else 1
+        return products * a["M"] * a["N"] * a["K"] * (9 if "conv3x3" in self.name else 1)
 
     def bytes(self) -> int:
         """What must move between memory and the chip: every operand once, every result once."""
@@ -65,6 +68,21 @@ class Launch:
         if self.name == "_bn_relu_pool_conv1x1_fwd_kernel":
             tiles = a["M"] * (4 * a["K"] * size["x_ptr"] + a["N"] * size["out_ptr"])
             return tiles + a["w_ptr"].nbytes + 8 * a["K"]
+        if self.name == "_bn_relu_conv1x1_bwd_kernel":
+            tiles = a["M"] * (a["K"] * (size["x_ptr"] + 2 * size["g_ptr"]) + a["N"] * size["dh_ptr"])
+            partial = 4 * self.grid[1] * a["K"] * (2 + (a["N"] if a["WGRAD"] else 0))
+            return tiles + a["K"] * a["N"] * size["w_ptr"] + 12 * a["K"] + partial
+        if self.name == "_conv3x3_dgrad_kernel":
+            out = size["out_ptr"] * (2 if a["ADD"] else 1)
+            tiles = a["M"] * (a["N"] * size["dy_ptr"] + a["K"] * (size["x_ptr"] + out))
+            return tiles + 9 * a["K"] * a["N"] * size["w_ptr"] + 12 * a["K"] + 8 * self.grid[0] * a["K"]
+        if self.name == "_bn_relu_conv3x3_wgrad_kernel":
+            tiles = a["M"] * (a["N"] * size["dy_ptr"] + a["K"] * size["x_ptr"])
+            return tiles + 8 * a["K"] + 4 * self.grid[2] * 9 * a["K"] * a["N"]
+        if self.name == "_true_gradient_kernel":
+            return a["M"] * a["C"] * (size["g_ptr"] + size["x_ptr"] + size["out_ptr"]) + 16 * a["C"]
+        if self.name == "_norm_sums_kernel":
+            return (8 * a["TILES"] + 16 + (16 if a["ADD"] else 8) + 2 * size["dbias_ptr"]) * a["C"]
         if self.name == "_copy_stats_fwd_kernel":
             return a["M"] * a["C"] * (size["x_ptr"] + (size["y_ptr"] if a["COPY"] else 0)) + parts * a["C"]
         if self.name in ("_bn_relu_maxpool_fwd_kernel", "_bn_relu_mean_fwd_kernel"):
@@ -101,8 +119,13 @@ def recorded(make: bool, after: Callable[[Launch], None] | None = None) -> Itera
         KernelInterface.__getitem__ = get
 
 
-def forward_launches(arch: str, batch: int, size: int, dtype: torch.dtype, train: bool) -> list[Launch]:
-    """Those of a forward of ``getattr(fastdense, arch)()`` on [batch, 3, size, size], without its convolution conv0."""
+def network_launches(
+    arch: str, batch: int, size: int, dtype: torch.dtype, train: bool, backward: bool = False
+) -> list[Launch]:
+    """Those of a forward of ``getattr(fastdense, arch)()`` on [batch, 3, size, size], without its convolution conv0.
+
+    With ``backward`` those of the blocks' backward, last block first, instead.
+    """
     from fastdense.kernels import triton as kernels
 
     with torch.device("meta"):
@@ -116,7 +139,13 @@ def forward_launches(arch: str, batch: int, size: int, dtype: torch.dtype, train
             if isinstance(stage, FastDenseBlock):
                 layers = stage._gather(x, True)
                 if train:
-                    x = kernels.dense_block(x, layers, dtype, True).out
+                    block_input, output = x, kernels.dense_block(x, layers, dtype, True)
+                    x = output.out
+                    if backward:
+                        part.clear()
+                        kernels.dense_block_backward(
+                            torch.empty_like(x), output, layers, dtype, block_input.dtype, _all_needed(layers)
+                        )
                 else:
                     x = kernels.dense_block_inference(x, layers, dtype)
             elif isinstance(stage, FastTransition):
@@ -129,8 +158,17 @@ def forward_launches(arch: str, batch: int, size: int, dtype: torch.dtype, train
                 x = kernels.stem_tail(x, _norm(stage, train))
             elif isinstance(stage, nn.Conv2d):
                 x = stage(x).to(memory_format=torch.channels_last)
-        launches += [Launch(name, launch.kernel, launch.grid, launch.arguments) for launch in part]
+        if backward and not isinstance(stage, FastDenseBlock):
+            continue
+        made = [Launch(name, launch.kernel, launch.grid, launch.arguments) for launch in part]
+        launches = made + launches if backward else launches + made
     return launches
+
+
+def _all_needed(layers: DenseLayers) -> DenseBlockNeeds:
+    every = [True] * layers.num_layers
+    second = every if layers.has_bottleneck else []
+    return DenseBlockNeeds(True, every, every, second, second)
 
 
 def _norm(norm: nn.BatchNorm2d, train: bool) -> Norm:
