@@ -69,9 +69,9 @@ class Launch:
             tiles = a["M"] * (4 * a["K"] * size["x_ptr"] + a["N"] * size["out_ptr"])
             return tiles + a["w_ptr"].nbytes + 8 * a["K"]
         if self.name == "_bn_relu_conv1x1_bwd_kernel":
-            tiles = a["M"] * (a["K"] * (size["x_ptr"] + 2 * size["g_ptr"]) + a["N"] * size["dh_ptr"])
+            tiles = a["M"] * (a["K"] * (size["x_ptr"] + 2 * size["g_ptr"]) + a["N"] * (size["h_ptr"] + size["da2_ptr"]))
             partial = 4 * self.grid[1] * a["K"] * (2 + (a["N"] if a["WGRAD"] else 0))
-            return tiles + a["K"] * a["N"] * size["w_ptr"] + 12 * a["K"] + partial
+            return tiles + a["K"] * a["N"] * size["w_ptr"] + 12 * a["K"] + 16 * a["N"] + partial
         if self.name == "_conv3x3_dgrad_kernel":
             out = size["out_ptr"] * (2 if a["ADD"] else 1)
             tiles = a["M"] * (a["N"] * size["dy_ptr"] + a["K"] * (size["x_ptr"] + out))

@@ -105,15 +105,19 @@ def precision(dtype: torch.dtype) -> str:
 
 @triton.jit
 def _bn_relu_conv1x1_bwd_kernel(
-    x_ptr, scale_ptr, shift_ptr, mean_ptr, w_ptr, dh_ptr, g_ptr, part_dw_ptr, part_s1_ptr, part_s2_ptr,
-    M, K, N, TILES, stride_xm, stride_gm,
+    x_ptr, scale1_ptr, shift1_ptr, mean1_ptr, w_ptr, h_ptr, da2_ptr, scale2_ptr, mean2_ptr, p2_ptr, q2_ptr, keep_ptr,
+    g_ptr, part_dw_ptr, part_s1_ptr, part_s2_ptr,
+    M, K, N, TILES, stride_xm, stride_gm, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    WGRAD: tl.constexpr, PRECISION: tl.constexpr,
+    DROP: tl.constexpr, WGRAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dgrad and wgrad in one pass over x: a program has BLOCK_K channels, and TILES tiles of pixels::
+    """dgrad and wgrad in one pass over x::
 
-    z = relu(scale * x + shift)        da = (dh @ W) * 1[z > 0]        G += scale * da
-    dW += dh^T @ z        s1 += sum(da)        s2 += sum(da * (x - mean))
+        dh = scale2 * da2 + p2 + q2 * (h - mean2)
+        z = relu(scale1 * x + shift1)        da = (dh @ W) * 1[z > 0]        G += scale1 * da
+        dW += dh^T @ z        s1 += sum(da)        s2 += sum(da * (x - mean1))
+
+    A program has BLOCK_K channels, and TILES tiles of pixels.
     """
     pid_k, pid_s = tl.program_id(0), tl.program_id(1)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -121,25 +125,35 @@ def _bn_relu_conv1x1_bwd_kernel(
     mask_k, mask_n = offs_k < K, offs_n < N
     mask_w = mask_n[:, None] & mask_k[None, :]
     w = tl.load(w_ptr + offs_n[:, None] * K + offs_k[None, :], mask=mask_w, other=0.0)  # [BLOCK_N, BLOCK_K]
-    scale = tl.load(scale_ptr + offs_k, mask=mask_k, other=0.0)
-    shift = tl.load(shift_ptr + offs_k, mask=mask_k, other=0.0)
-    mean = tl.load(mean_ptr + offs_k, mask=mask_k, other=0.0)
+    scale1 = tl.load(scale1_ptr + offs_k, mask=mask_k, other=0.0)
+    shift1 = tl.load(shift1_ptr + offs_k, mask=mask_k, other=0.0)
+    mean1 = tl.load(mean1_ptr + offs_k, mask=mask_k, other=0.0)
+    scale2 = tl.load(scale2_ptr + offs_n, mask=mask_n, other=0.0)
+    mean2 = tl.load(mean2_ptr + offs_n, mask=mask_n, other=0.0)
+    p2 = tl.load(p2_ptr + offs_n, mask=mask_n, other=0.0)
+    q2 = tl.load(q2_ptr + offs_n, mask=mask_n, other=0.0)
     dw = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     s1 = tl.zeros((BLOCK_K,), tl.float32)
     s2 = tl.zeros((BLOCK_K,), tl.float32)
     for tile in range(TILES):
         offs_m = (pid_s.to(tl.int64) * TILES + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
+        mask_h, offs_h = mask_m[:, None] & mask_n[None, :], offs_m[:, None] * N + offs_n[None, :]
+        da2 = tl.load(da2_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
+        h = tl.load(h_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
+        dh = scale2[None, :] * da2 + (p2[None, :] + q2[None, :] * (h - mean2[None, :]))
+        if DROP:
+            mask_h = mask_h & (tl.load(keep_ptr + offs_h, mask=mask_h, other=0) != 0)
+            dh *= keep_scale
+        dh = tl.where(mask_h, dh, 0.0).to(w.dtype)  # [BLOCK_M, BLOCK_N]
         mask = mask_m[:, None] & mask_k[None, :]
-        dh_ptrs = dh_ptr + offs_m[:, None] * N + offs_n[None, :]
-        dh = tl.load(dh_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
         x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-        z = affine_relu(x, scale, shift)  # [BLOCK_M, BLOCK_K]
+        z = affine_relu(x, scale1, shift1)  # [BLOCK_M, BLOCK_K]
         da = mask_by_relu(tl.dot(dh, w, input_precision=PRECISION), z)
         s1 += tl.sum(da, 0)
-        s2 += tl.sum(da * (x - mean[None, :]), 0)
+        s2 += tl.sum(da * (x - mean1[None, :]), 0)
         g_ptrs = g_ptr + offs_m[:, None] * stride_gm + offs_k[None, :]
-        g = tl.load(g_ptrs, mask=mask, other=0.0).to(tl.float32) + scale[None, :] * da
+        g = tl.load(g_ptrs, mask=mask, other=0.0).to(tl.float32) + scale1[None, :] * da
         tl.store(g_ptrs, g.to(g_ptr.dtype.element_ty), mask=mask)
         if WGRAD:
             dw = tl.dot(tl.trans(dh), z.to(dh.dtype), dw, input_precision=PRECISION)
@@ -152,15 +166,29 @@ def _bn_relu_conv1x1_bwd_kernel(
 
 
 def bn_relu_conv1x1_bwd(
-    x: Tensor, norm1: Affine, weight: Tensor, dh: Tensor, g: Tensor, sums: Partials, need_weight: bool
+    x: Tensor,
+    norm1: Affine,
+    weight: Tensor,
+    h: Tensor,
+    da2: Tensor,
+    norm2: Affine,
+    correction2: tuple[Tensor, Tensor],
+    g: Tensor,
+    sums: Partials,
+    *,
+    need_weight: bool,
+    keep: Tensor | None = None,
+    keep_scale: float = 1.0,
 ) -> Tensor | None:
     """Add to the prefix g [M, K] of the gradient buffer; the weight's gradient [N, K], float32, if needed.
 
     Args:
         x: [M, K], the prefix of the shared buffer.
-        weight: [N, K], dense, of dh's dtype; N at most 256.
-        dh: [M, N], dense.
+        weight: [N, K], dense, of the dtype to multiply in; N at most 256.
+        h, da2: [M, N], dense: the bottleneck, and the gradient after norm2's ReLU.
+        correction2: norm2's p and q.
         sums: receives norm1's s1 and s2 by tile.
+        keep: [M, N], where dropout kept a value of h; those were multiplied by ``keep_scale``.
     """
     (m, k), n = x.shape, len(weight)
     config = tuning.conv1x1_bwd(m, n, k, weight.dtype, x.device)
@@ -169,8 +197,9 @@ def bn_relu_conv1x1_bwd(
     parts = sums.begin(m, k, config.BLOCK_M * tiles)
     dw = torch.empty((splits, n, k), dtype=torch.float32, device=x.device) if need_weight else x
     _bn_relu_conv1x1_bwd_kernel[(blocks, splits)](
-        x, norm1.scale, norm1.shift, norm1.mean, weight, dh, g, dw, *parts,
-        m, k, n, tiles, x.stride(0), g.stride(0),
-        WGRAD=need_weight, PRECISION=precision(weight.dtype), **config.arguments(),
+        x, norm1.scale, norm1.shift, norm1.mean, weight, h, da2, norm2.scale, norm2.mean, *correction2,
+        h if keep is None else keep, g, dw, *parts,
+        m, k, n, tiles, x.stride(0), g.stride(0), keep_scale,
+        DROP=keep is not None, WGRAD=need_weight, PRECISION=precision(weight.dtype), **config.arguments(),
     )  # fmt: skip
     return dw.sum(0) if need_weight else None

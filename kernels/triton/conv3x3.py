@@ -108,9 +108,11 @@ def _conv3x3_dgrad_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The norm's da [M, K], and its tiles' sums, from dy [M, N]; with ADD the gradient of x raw, added to ``out``::
+    """From dy [M, N] the norm's da [M, K] and its tiles' sums::
 
-    da[p] = sum over taps t of dy[p - offset_t] @ W_t * 1[scale * x + shift > 0]        G += scale * da
+        da[p] = sum over taps t of dy[p - offset_t] @ W_t * 1[scale * x + shift > 0]        G += scale * da
+
+    With ADD it is G that is stored, the raw gradient of x, otherwise da.
     """
     pid_m, pid_k = tl.program_id(0), tl.program_id(1)
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -172,9 +174,11 @@ def _bn_relu_conv3x3_wgrad_kernel(
     M, H, W, K, N, TILES, stride_xm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dW [N, 9, K] over TILES tiles of pixels: a program has the three taps of one row of the window::
+    """dW [N, 9, K] over TILES tiles of pixels::
 
-    dW_t = sum over pixels p of dy[p]^T @ u[p + offset_t]        u = relu(scale * x + shift), 0 outside
+        dW_t = sum over pixels p of dy[p]^T @ u[p + offset_t]        u = relu(scale * x + shift), 0 outside
+
+    A program has the three taps of one row of the window.
     """
     pid_k, pid_n, pid_s = tl.program_id(0) // 3, tl.program_id(1), tl.program_id(2)
     window_row = tl.program_id(0) % 3

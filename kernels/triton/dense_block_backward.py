@@ -5,8 +5,7 @@ the vectors P and Q. Layer l begins when all its readers are done::
 
     dy = G + P + Q * (x - mean)                     of its k channels, [M, k]
     da2, s1, s2 = conv3x3 dgrad, ReLU of norm2      dW2 = conv3x3 wgrad
-    dh = scale2 * da2 + p2 + q2 * (h - mean2)       in da2's place
-    G[:, :C_l] += scale1 * da1, s1, s2, dW1         one pass over X[:, :C_l]
+    G[:, :C_l] += scale1 * da1, s1, s2, dW1         one pass over X[:, :C_l], dh formed in its prologue
     P, Q += norm1's
 
 Every sum is made in two stages, in a fixed order.
@@ -91,11 +90,10 @@ def dense_block_backward(
             )  # fmt: skip
             if needs.conv2[layer]:
                 grads.conv2_weight[layer] = _growth_gradient(dy, hidden, norm2, (h, w), layers.conv2_weight[layer])
-            true_gradient(
-                da, hidden, norm2.mean, (own[0], own[1]), da, scale=norm2.scale,
-                keep=kept(layers.bottleneck_mask, layer), keep_scale=keep_scale,
+            dw = bn_relu_conv1x1_bwd(
+                source, norm1, weights1[layer], hidden, da, norm2, (own[0], own[1]), raw[:, :channels], sums,
+                need_weight=needs.conv1[layer], keep=kept(layers.bottleneck_mask, layer), keep_scale=keep_scale,
             )  # fmt: skip
-            dw = bn_relu_conv1x1_bwd(source, norm1, weights1[layer], da, raw[:, :channels], sums, needs.conv1[layer])
             if dw is not None:
                 weight = layers.conv1_weight[layer]
                 grads.conv1_weight[layer] = laid_out_as(dw.view(weight.shape), weight)

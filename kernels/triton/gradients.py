@@ -23,11 +23,11 @@ from .statistics import Partials
 
 @triton.jit
 def _true_gradient_kernel(
-    g_ptr, scale_ptr, x_ptr, mean_ptr, p_ptr, q_ptr, keep_ptr, out_ptr,
+    g_ptr, x_ptr, mean_ptr, p_ptr, q_ptr, keep_ptr, out_ptr,
     M, C, stride_gm, stride_xm, keep_scale,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SCALE: tl.constexpr, DROP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """out [M, C] = scale * g + p + q * (x - mean), through the dropout that x came out of."""
+    """out [M, C] = g + p + q * (x - mean), through the dropout that x came out of."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_m, mask_c = offs_m < M, offs_c < C
@@ -37,8 +37,6 @@ def _true_gradient_kernel(
     mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)
     p = tl.load(p_ptr + offs_c, mask=mask_c, other=0.0)
     q = tl.load(q_ptr + offs_c, mask=mask_c, other=0.0)
-    if SCALE:
-        g *= tl.load(scale_ptr + offs_c, mask=mask_c, other=0.0)[None, :]
     out = g + (p[None, :] + q[None, :] * (x - mean[None, :]))
     offs = offs_m[:, None] * C + offs_c[None, :]
     if DROP:
@@ -54,17 +52,16 @@ def true_gradient(
     correction: tuple[Tensor, Tensor],
     out: Tensor,
     *,
-    scale: Tensor | None = None,
     keep: Tensor | None = None,
     keep_scale: float = 1.0,
 ) -> None:
-    """Fill the dense out [M, C], which may be g, from g and x [M, C] of dense channels; vectors are [C], float32."""
+    """Fill the dense out [M, C] from g, raw, and x [M, C] of dense channels; vectors are [C], float32."""
     m, c = g.shape
     config = tuning.elementwise(c, x.device)
     _true_gradient_kernel[(triton.cdiv(m, config.BLOCK_M), triton.cdiv(c, config.BLOCK_C))](
-        g, mean if scale is None else scale, x, mean, *correction, x if keep is None else keep, out,
+        g, x, mean, *correction, x if keep is None else keep, out,
         m, c, g.stride(0), x.stride(0), keep_scale,
-        SCALE=scale is not None, DROP=keep is not None, **config.arguments(),
+        DROP=keep is not None, **config.arguments(),
     )  # fmt: skip
 
 
