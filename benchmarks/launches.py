@@ -85,7 +85,11 @@ class Launch:
             return (8 * a["TILES"] + 16 + (16 if a["ADD"] else 8) + 2 * size["dbias_ptr"]) * a["C"]
         if self.name == "_copy_stats_fwd_kernel":
             return a["M"] * a["C"] * (size["x_ptr"] + (size["y_ptr"] if a["COPY"] else 0)) + parts * a["C"]
-        if self.name in ("_bn_relu_maxpool_fwd_kernel", "_bn_relu_mean_fwd_kernel"):
+        if self.name in ("_spread_kernel", "_bn_relu_maxpool_bwd_kernel"):
+            taps = a["tap_ptr"].nbytes if "tap_ptr" in a else 0
+            vectors = 12 * a["C"] + (8 * self.grid[0] * a["C"] if a["SUMS"] else 8 * a["C"])
+            return a["x_ptr"].nbytes * (1 if a["SUMS"] else 2) + a["dout_ptr"].nbytes + taps + vectors
+        if self.name in ("_bn_relu_maxpool_fwd_kernel", "_bn_relu_mean_fwd_kernel", "_bn_relu_pool_fwd_kernel"):
             return a["x_ptr"].nbytes + a["out_ptr"].nbytes + 8 * a["C"]
         merged = 8 * (a["TILES"] + 1) * a["C_NEW"] if a["MERGE"] else 0
         return merged + (16 + 2 * size["weight_ptr"]) * a["C_NORM"]

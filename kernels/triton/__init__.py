@@ -1,16 +1,14 @@
 """Triton kernels, for GPUs. Importing this needs Triton; running it needs a GPU, or TRITON_INTERPRET=1.
 
-See :mod:`fastdense.kernels.contract` for what the functions compute. Backward functions are the portable
-ones still, on what the forward kernels leave them.
+See :mod:`fastdense.kernels.contract` for what the functions compute.
 """
 
-from ..portable import head_backward, stem_tail_backward, transition_backward
 from .dense_block import dense_block, dense_block_inference
 from .dense_block_backward import dense_block_backward
-from .head import head
+from .head import head, head_backward
 from .statistics import channel_stats
-from .stem import stem_tail
-from .transition import transition
+from .stem import stem_tail, stem_tail_backward
+from .transition import transition, transition_backward
 
 __all__ = [
     "channel_stats",

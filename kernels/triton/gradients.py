@@ -13,12 +13,16 @@ Source: Ioffe and Szegedy 2015 (arXiv 1502.03167).
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..contract import Norm, NormGrads, empty_channels_last
+from ..portable.batch_norm import affine
 from . import tuning
 from .statistics import Partials
+from .tile_math import affine_relu, mask_by_relu, split_pixels
 
 
 @triton.jit
@@ -120,3 +124,70 @@ def norm_sums(
         *partials.current(), scale, rstd, dbias, dweight, *correction, count, partials.tiles, c,
         BATCH=batch, ADD=add, **config.arguments(),
     )  # fmt: skip
+
+
+@triton.jit
+def _spread_kernel(
+    x_ptr, scale_ptr, shift_ptr, mean_ptr, dout_ptr, p_ptr, q_ptr, dx_ptr, part_s1_ptr, part_s2_ptr,
+    M, H, W, C, H_OUT, W_OUT, WINDOW_H, WINDOW_W, stride_xn, stride_xc, stride_xh, stride_xw,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """Gradient through an average over windows, the ReLU and, in a second launch, the norm before them::
+
+        da = dout[window of the pixel] / pixels of a window * 1[scale * x + shift > 0], 0 outside the windows
+        SUMS: tiles' sum(da) and sum(da * (x - mean))        then: dx = scale * da + p + q * (x - mean)
+
+    x is [N, C, H, W] of any strides; dout [N * H_OUT * W_OUT, C] and dx [M, C] are dense.
+    """
+    pid_m = tl.program_id(0).to(tl.int64)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_m, mask_c = offs_m < M, offs_c < C
+    mask = mask_m[:, None] & mask_c[None, :]
+    image = offs_m // (H * W)
+    row, column = split_pixels(offs_m, H, W)
+    rows = image * stride_xn + row * stride_xh + column * stride_xw
+    x_ptrs = x_ptr + rows[:, None] + offs_c.to(tl.int64)[None, :] * stride_xc
+    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    down, right = row // WINDOW_H, column // WINDOW_W
+    window = (image * H_OUT + down) * W_OUT + right
+    inside = (mask_m & (down < H_OUT) & (right < W_OUT))[:, None] & mask_c[None, :]
+    dout = tl.load(dout_ptr + window[:, None] * C + offs_c[None, :], mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + offs_c, mask=mask_c, other=0.0)
+    shift = tl.load(shift_ptr + offs_c, mask=mask_c, other=0.0)
+    mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)
+    da = mask_by_relu(dout / (WINDOW_H * WINDOW_W), affine_relu(x, scale, shift))
+    if SUMS:
+        tl.store(part_s1_ptr + pid_m * C + offs_c, tl.sum(da, 0), mask=mask_c)
+        tl.store(part_s2_ptr + pid_m * C + offs_c, tl.sum(da * (x - mean[None, :]), 0), mask=mask_c)
+    else:
+        p = tl.load(p_ptr + offs_c, mask=mask_c, other=0.0)
+        q = tl.load(q_ptr + offs_c, mask=mask_c, other=0.0)
+        dx = scale[None, :] * da + (p[None, :] + q[None, :] * (x - mean[None, :]))
+        tl.store(dx_ptr + offs_m[:, None] * C + offs_c[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def average_backward(dout: Tensor, x: Tensor, norm: Norm, windows: tuple[int, int], size: tuple[int, int]) -> NormGrads:
+    """Gradients of the average of ``relu(norm(x))`` over windows of ``size``, of which ``windows`` fit into an image.
+
+    Args:
+        dout: [N * windows, C], dense; x: [N, C, H, W] of any strides.
+    """
+    n, c, h, w = x.shape
+    vectors = affine(norm, torch.float32)
+    dx = empty_channels_last((n, c, h, w), x.dtype, x.device)
+    dweight, dbias = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
+    p, q = torch.zeros((2, c), dtype=torch.float32, device=x.device)
+    sums = Partials(x.device)
+    config = tuning.elementwise(c, x.device)
+    parts = sums.begin(n * h * w, c, config.BLOCK_M)
+    for with_sums in (True, False):
+        _spread_kernel[(sums.tiles, triton.cdiv(c, config.BLOCK_C))](
+            x, vectors.scale, vectors.shift, vectors.mean, dout, p, q, dx, *parts,
+            n * h * w, h, w, c, *windows, *size, *x.stride(), SUMS=with_sums, **config.arguments(),
+        )  # fmt: skip
+        if with_sums:
+            norm_sums(
+                sums, n * h * w, vectors.scale, vectors.rstd, dweight, dbias, (p, q), batch=norm.batch_stats, add=False
+            )
+    return NormGrads(dx, dweight, dbias)

@@ -1,4 +1,4 @@
-"""Head: the last BatchNorm, ReLU and the global average pool, in one pass.
+"""Head: the last BatchNorm, ReLU and the global average pool, in one pass; its backward in two.
 
 ::
 
@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import Norm
+from ..contract import Norm, NormGrads
 from . import tuning
+from .gradients import average_backward
 from .launch import on_device
 from .statistics import norm_vectors
 from .tile_math import affine_relu
@@ -52,3 +53,8 @@ def head(x: Tensor, norm: Norm) -> Tensor:
         x, *vectors, out, h * w, w, c, *x.stride(), **config.arguments()
     )
     return out
+
+
+@on_device
+def head_backward(grad_out: Tensor, x: Tensor, norm: Norm) -> NormGrads:
+    return average_backward(grad_out.contiguous(), x, norm, (1, 1), (x.shape[2], x.shape[3]))

@@ -1,30 +1,36 @@
-"""Stem tail: BatchNorm, ReLU and the 3x3 max pool of stride 2, in one pass.
+"""Stem tail: BatchNorm, ReLU and the 3x3 max pool of stride 2, in one pass; its backward in three.
 
 ::
 
     z = relu(scale * x + shift)        out[p] = max over the window of p of z, window 3x3 around 2*p
+
+Backward finds again where in its window each maximum is, the first of equal ones as PyTorch; a pixel gathers from
+the up to four windows it is in. The norm's gradient takes two passes, its correction being known after the first.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import Norm, empty_channels_last
+from ..contract import Norm, NormGrads, empty_channels_last
+from ..portable.batch_norm import affine, rows
 from . import tuning
+from .gradients import norm_sums
 from .launch import on_device
-from .statistics import norm_vectors
-from .tile_math import affine_relu
+from .statistics import Partials, norm_vectors
+from .tile_math import affine_relu, mask_by_relu, split_pixels
 
 
 @triton.jit
 def _bn_relu_maxpool_fwd_kernel(
     x_ptr, scale_ptr, shift_ptr, out_ptr,
     M, H, W, H_OUT, W_OUT, C, stride_xn, stride_xc, stride_xh, stride_xw,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ARGMAX: tl.constexpr,
 ):  # fmt: skip
-    """out [M, C], rows of pixels, from x [N, C, H, W] of any strides."""
+    """out [M, C], rows of pixels, from x [N, C, H, W] of any strides: the maximum, or with ARGMAX its tap."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_m, mask_c = offs_m < M, offs_c < C
@@ -34,6 +40,7 @@ def _bn_relu_maxpool_fwd_kernel(
     top, left = pixel // W_OUT * 2 - 1, pixel % W_OUT * 2 - 1
     channels = offs_c.to(tl.int64) * stride_xc
     best = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)  # z is not negative, and every window has a pixel
+    where = tl.full((BLOCK_M, BLOCK_C), 9, tl.int32)  # no tap: all are 0, and let no gradient through
     for tap in range(9):
         y, x = top + tap // 3, left + tap % 3
         inside = mask_m & (y >= 0) & (y < H) & (x >= 0) & (x < W)
@@ -41,9 +48,23 @@ def _bn_relu_maxpool_fwd_kernel(
         mask = inside[:, None] & mask_c[None, :]
         tile = tl.load(x_ptr + rows[:, None] + channels[None, :], mask=mask, other=0.0)
         z = tl.where(mask, affine_relu(tile, scale, shift), 0.0)
-        best = tl.where((z > best) | (z != z), z, best)  # NaN wins and stays
+        better = (z > best) | (z != z)  # NaN wins and stays
+        best = tl.where(better, z, best)
+        where = tl.where(better, tap, where)
+    if ARGMAX:
+        best = where
     mask = mask_m[:, None] & mask_c[None, :]
     tl.store(out_ptr + offs_m[:, None] * C + offs_c[None, :], best.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def bn_relu_maxpool_fwd(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, *, argmax: bool) -> None:
+    """Fill out [N, C, H', W'], channels-last, with the maxima or the taps, 0 to 8, of their pixels."""
+    n, c, h, w = x.shape
+    m = n * out.shape[2] * out.shape[3]
+    config = tuning.elementwise(c, x.device)
+    _bn_relu_maxpool_fwd_kernel[(triton.cdiv(m, config.BLOCK_M), triton.cdiv(c, config.BLOCK_C))](
+        x, scale, shift, out, m, h, w, *out.shape[2:], c, *x.stride(), ARGMAX=argmax, **config.arguments()
+    )
 
 
 @on_device
@@ -51,10 +72,78 @@ def stem_tail(x: Tensor, norm: Norm) -> Tensor:
     """[N, C, H, W] -> [N, C, ceil(H/2), ceil(W/2)], of x's dtype."""
     n, c, h, w = x.shape
     out = empty_channels_last((n, c, (h + 1) // 2, (w + 1) // 2), x.dtype, x.device)
-    vectors = norm_vectors(norm)
-    m = n * out.shape[2] * out.shape[3]
-    config = tuning.elementwise(c, x.device)
-    _bn_relu_maxpool_fwd_kernel[(triton.cdiv(m, config.BLOCK_M), triton.cdiv(c, config.BLOCK_C))](
-        x, *vectors, out, m, h, w, *out.shape[2:], c, *x.stride(), **config.arguments()
-    )
+    bn_relu_maxpool_fwd(x, *norm_vectors(norm), out, argmax=False)
     return out
+
+
+@triton.jit
+def _bn_relu_maxpool_bwd_kernel(
+    x_ptr, scale_ptr, shift_ptr, mean_ptr, dout_ptr, tap_ptr, p_ptr, q_ptr, dx_ptr, part_s1_ptr, part_s2_ptr,
+    M, H, W, H_OUT, W_OUT, C, stride_xn, stride_xc, stride_xh, stride_xw,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """Tiles' sums of da and da * (x - mean), or with those known dx [M, C]::
+
+        da[p] = sum over the windows of p whose maximum is at p of dout * 1[scale * x + shift > 0]
+
+    dout and the maxima's taps are [N * H_OUT * W_OUT, C], dense; x is [N, C, H, W] of any strides.
+    """
+    pid_m = tl.program_id(0).to(tl.int64)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_m, mask_c = offs_m < M, offs_c < C
+    image = offs_m // (H * W)
+    row, column = split_pixels(offs_m, H, W)
+    dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for corner in range(4):
+        down, right = corner // 2, corner % 2
+        # an odd row lies in the windows before and after it, an even one in its own alone
+        y, x = (row + down) // 2, (column + right) // 2
+        once = ((down == 0) | (row % 2 == 1)) & ((right == 0) | (column % 2 == 1))
+        tap = 3 * (row - 2 * y + 1) + column - 2 * x + 1
+        inside = (mask_m & once & (y < H_OUT) & (x < W_OUT))[:, None] & mask_c[None, :]
+        offs = ((image * H_OUT + y) * W_OUT + x)[:, None] * C + offs_c[None, :]
+        best = tl.load(tap_ptr + offs, mask=inside, other=9).to(tl.int32)
+        dout = tl.load(dout_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+        dz += tl.where(inside & (best == tap[:, None]), dout, 0.0)
+    mask = mask_m[:, None] & mask_c[None, :]
+    rows = image * stride_xn + row * stride_xh + column * stride_xw
+    x_ptrs = x_ptr + rows[:, None] + offs_c.to(tl.int64)[None, :] * stride_xc
+    tile = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + offs_c, mask=mask_c, other=0.0)
+    shift = tl.load(shift_ptr + offs_c, mask=mask_c, other=0.0)
+    mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)
+    da = mask_by_relu(dz, affine_relu(tile, scale, shift))
+    if SUMS:
+        tl.store(part_s1_ptr + pid_m * C + offs_c, tl.sum(da, 0), mask=mask_c)
+        tl.store(part_s2_ptr + pid_m * C + offs_c, tl.sum(da * (tile - mean[None, :]), 0), mask=mask_c)
+    else:
+        p = tl.load(p_ptr + offs_c, mask=mask_c, other=0.0)
+        q = tl.load(q_ptr + offs_c, mask=mask_c, other=0.0)
+        dx = scale[None, :] * da + (p[None, :] + q[None, :] * (tile - mean[None, :]))
+        tl.store(dx_ptr + offs_m[:, None] * C + offs_c[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@on_device
+def stem_tail_backward(grad_out: Tensor, x: Tensor, norm: Norm) -> NormGrads:
+    n, c, h, w = x.shape
+    vectors = affine(norm, torch.float32)
+    dout = rows(grad_out).contiguous()
+    taps = empty_channels_last((n, c, *grad_out.shape[2:]), torch.uint8, x.device)
+    bn_relu_maxpool_fwd(x, vectors.scale, vectors.shift, taps, argmax=True)
+    dx = empty_channels_last((n, c, h, w), x.dtype, x.device)
+    dweight, dbias = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
+    p, q = torch.zeros((2, c), dtype=torch.float32, device=x.device)
+    sums = Partials(x.device)
+    config = tuning.elementwise(c, x.device)
+    parts = sums.begin(n * h * w, c, config.BLOCK_M)
+    for with_sums in (True, False):
+        _bn_relu_maxpool_bwd_kernel[(sums.tiles, triton.cdiv(c, config.BLOCK_C))](
+            x, vectors.scale, vectors.shift, vectors.mean, dout, taps, p, q, dx, *parts,
+            n * h * w, h, w, *grad_out.shape[2:], c, *x.stride(), SUMS=with_sums, **config.arguments(),
+        )  # fmt: skip
+        if with_sums:
+            norm_sums(
+                sums, n * h * w, vectors.scale, vectors.rstd, dweight, dbias, (p, q), batch=norm.batch_stats, add=False
+            )
+    return NormGrads(dx, dweight, dbias)

@@ -4,6 +4,9 @@ The pool and the 1x1 convolution commute exactly, so the prologue pools and the 
 
     z = relu(scale * x + shift)        out[p] = (mean of z over the 2x2 pixels of p) @ W^T        W: [N, K]
 
+Backward, the products are the vendor library's: dz pooled is dout @ W, and dW is dout^T @ z pooled, which is made
+again. The norm's gradient takes two passes over x, its correction being known after the first.
+
 The batch statistics of ``out`` are made where it is copied into the next block's buffer, by the pass that reads
 it anyway.
 """
@@ -15,9 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import Norm, empty_channels_last
+from ..contract import Norm, TransitionGrads, empty_channels_last
+from ..portable.batch_norm import laid_out_as, rows
 from . import tuning
 from .conv1x1 import precision
+from .gradients import average_backward
 from .launch import on_device
 from .statistics import norm_vectors
 from .tile_math import affine_relu
@@ -71,3 +76,47 @@ def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Ten
         PRECISION=precision(dtype), **config.arguments(),
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _bn_relu_pool_fwd_kernel(
+    x_ptr, scale_ptr, shift_ptr, out_ptr,
+    M, C, H_OUT, W_OUT, stride_xn, stride_xc, stride_xh, stride_xw,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """z pooled [M, C], which the forward only has in registers, from x [N, C, H, W] of any strides."""
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    mask = (offs_m < M)[:, None] & mask_c[None, :]
+    pixel = offs_m % (H_OUT * W_OUT)
+    corner = offs_m // (H_OUT * W_OUT) * stride_xn
+    corner += pixel // W_OUT * 2 * stride_xh + pixel % W_OUT * 2 * stride_xw
+    x_ptrs = x_ptr + corner[:, None] + offs_c.to(tl.int64)[None, :] * stride_xc
+    scale = tl.load(scale_ptr + offs_c, mask=mask_c, other=0.0)
+    shift = tl.load(shift_ptr + offs_c, mask=mask_c, other=0.0)
+    z = affine_relu(tl.load(x_ptrs, mask=mask, other=0.0), scale, shift)
+    z += affine_relu(tl.load(x_ptrs + stride_xw, mask=mask, other=0.0), scale, shift)
+    z += affine_relu(tl.load(x_ptrs + stride_xh, mask=mask, other=0.0), scale, shift)
+    z += affine_relu(tl.load(x_ptrs + stride_xh + stride_xw, mask=mask, other=0.0), scale, shift)
+    tl.store(out_ptr + offs_m[:, None] * C + offs_c[None, :], (z * 0.25).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@on_device
+def transition_backward(
+    grad_out: Tensor, x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype, need_weight: bool
+) -> TransitionGrads:
+    c = x.shape[1]
+    windows = (x.shape[2] // 2, x.shape[3] // 2)
+    dout = rows(grad_out).to(dtype)
+    dweight = weight.new_empty(0)
+    if need_weight:
+        vectors = norm_vectors(norm)
+        pooled = torch.empty((len(dout), c), dtype=dtype, device=x.device)
+        config = tuning.elementwise(c, x.device)
+        _bn_relu_pool_fwd_kernel[(triton.cdiv(len(dout), config.BLOCK_M), triton.cdiv(c, config.BLOCK_C))](
+            x, *vectors, pooled, len(dout), c, *windows, *x.stride(), **config.arguments()
+        )
+        dweight = laid_out_as((dout.t() @ pooled).view(weight.shape), weight)
+    dpooled = dout @ weight.flatten(1).to(dtype)
+    return TransitionGrads(*average_backward(dpooled, x, norm, windows, (2, 2)), dweight)
