@@ -6,7 +6,8 @@ goes on with those the same commit has not answered yet. A run starts no check a
 - parity: the tests of the kernels, and ``fastdense verify``, in float32, float16 and bfloat16 against float64
 - kernels: each launch of a DenseNet-121, its median time beside its floor at the GPU's measured ceilings
 - parts: each block and transition beside stock PyTorch and torch.compile doing the same
-- networks: inference and training forward, at batch 1, 32 and 256, beside eager channels-last AMP and torch.compile
+- networks: inference, training forward and step with SGD at batch 1, 32 and 256, beside eager channels-last AMP and
+  torch.compile
 - sanitizer: compute-sanitizer's memcheck over a small network, where it is installed
 """
 
@@ -36,6 +37,7 @@ from . import results
 from .launches import Launch, recorded
 
 _BATCHES = (256, 32, 1)
+_MODES = ("inference", "training forward", "training step")
 _DTYPE = torch.bfloat16
 
 
@@ -51,13 +53,12 @@ def checks() -> list[Check]:
     """All of them, the most important first."""
     found = [Check("parity/tests", _tests), Check("parity/verify", _verify), Check("ceilings", _ceilings)]
     for batch in (256, 32):
-        for train in (True, False):
-            found.append(Check(f"kernels/{_mode(train)}/{batch}", partial(_kernels, batch, train)))
+        for mode in ("training step", "inference"):
+            found.append(Check(f"kernels/{mode}/{batch}", partial(_kernels, mode, batch)))
     for contender in ("fast", "fast, CUDA graph", "eager", "torch.compile"):
-        for train in (False, True):
+        for mode in _MODES:
             for batch in _BATCHES:
-                name = f"networks/{_mode(train)}/{batch}/{contender}"
-                found.append(Check(name, partial(_network, contender, batch, train)))
+                found.append(Check(f"networks/{mode}/{batch}/{contender}", partial(_network, contender, mode, batch)))
     for contender in ("fast", "eager", "torch.compile"):
         found.append(Check(f"parts/{contender}", partial(_parts, contender)))
     return [*found, Check("sanitizer", _sanitizer)]
@@ -92,11 +93,11 @@ def _ceilings() -> dict[str, float]:
     }
 
 
-def _kernels(batch: int, train: bool) -> list[dict[str, Any]]:
+def _kernels(mode: str, batch: int) -> list[dict[str, Any]]:
     """Median seconds of each launch, and what it must move and multiply."""
-    net, x = _model(fastdense, train), _input(batch)
-    with torch.no_grad(), recorded(make=True) as launches:
-        _forward(net, x, train)()
+    run = _runner(_model(fastdense, mode != "inference"), _input(batch), mode)
+    with recorded(make=True) as launches:
+        run()
     return [_timed(launch) for launch in launches]
 
 
@@ -108,13 +109,11 @@ def _timed(launch: Launch) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _network(contender: str, batch: int, train: bool) -> dict[str, Any]:
-    net, x = _model(reference if contender in ("eager", "torch.compile") else fastdense, train), _input(batch)
+def _network(contender: str, mode: str, batch: int) -> dict[str, Any]:
+    library = reference if contender in ("eager", "torch.compile") else fastdense
+    net, x = _model(library, mode != "inference"), _input(batch)
     started = time.perf_counter()
-    if contender == "torch.compile":
-        net = torch.compile(net, mode="max-autotune")
-
-    run: Callable[[], Any] = _forward(net, x, train)
+    run = _runner(torch.compile(net, mode="max-autotune") if contender == "torch.compile" else net, x, mode)
     run()
     torch.cuda.synchronize()
     first = time.perf_counter() - started
@@ -126,14 +125,26 @@ def _network(contender: str, batch: int, train: bool) -> dict[str, Any]:
     return {"seconds": seconds, "images_per_s": batch / seconds, "first_call_s": first, "peak_bytes": peak}
 
 
-def _forward(module: Callable[[Tensor], Tensor], x: Tensor, train: bool) -> Callable[[], Tensor]:
-    """Under AMP; a training forward keeps what a backward would need, and drops it with its output."""
+def _runner(net: Any, x: Tensor, mode: str) -> Callable[[], Any]:
+    """One call in ``mode``, under AMP. A training forward keeps what a backward needs, and drops it with its output."""
 
     def forward() -> Tensor:
         with torch.autocast("cuda", _DTYPE, cache_enabled=False):
-            return module(x)
+            return net(x)
 
-    return forward if train else torch.inference_mode()(forward)
+    if mode == "inference":
+        return torch.inference_mode()(forward)
+    if mode == "training forward":
+        return forward
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+    labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(forward(), labels).backward()
+        optimizer.step()
+
+    return step
 
 
 def _graphed(run: Callable[[], Any]) -> Callable[[], None]:
@@ -161,7 +172,8 @@ def _parts(contender: str) -> list[dict[str, Any]]:
             x = torch.randn(256, channels, size, size, dtype=_DTYPE, device="cuda")
             x = x.to(memory_format=torch.channels_last)
             module = torch.compile(part) if contender == "torch.compile" else part
-            rows.append({"part": name, "train": train, "seconds": _seconds(_forward(module, x, train))})
+            mode = "training forward" if train else "inference"
+            rows.append({"part": name, "mode": mode, "seconds": _seconds(_runner(module, x, mode))})
             size //= 2 if name.startswith("transition") else 1
     return rows
 
@@ -194,10 +206,6 @@ def _seconds(run: Callable[[], Any], milliseconds: int = 100) -> float:
     import triton.testing
 
     return 1e-3 * triton.testing.do_bench(run, warmup=25, rep=milliseconds, return_mode="median")
-
-
-def _mode(train: bool) -> str:
-    return "training forward" if train else "inference"
 
 
 # -- the run --------------------------------------------------------------------------------------------------------

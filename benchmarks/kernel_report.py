@@ -51,7 +51,7 @@ GPUS = (
 
 _MODES = {
     (True, False): "training forward",
-    (True, True): "backward of the blocks",
+    (True, True): "backward",
     (False, False): "inference",
 }  # by training and backward
 

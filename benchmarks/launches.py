@@ -128,7 +128,7 @@ def network_launches(
 ) -> list[Launch]:
     """Those of a forward of ``getattr(fastdense, arch)()`` on [batch, 3, size, size], without its convolution conv0.
 
-    With ``backward`` those of the blocks' backward, last block first, instead.
+    With ``backward`` those of its backward instead, in the order of a backward.
     """
     from fastdense.kernels import triton as kernels
 
@@ -153,17 +153,25 @@ def network_launches(
                 else:
                     x = kernels.dense_block_inference(x, layers, dtype)
             elif isinstance(stage, FastTransition):
-                x = kernels.transition(x, _norm(stage.norm, train), stage.conv.weight, dtype)
+                norm, weight, block_input = _norm(stage.norm, train), stage.conv.weight, x
+                x = kernels.transition(x, norm, weight, dtype)
+                if backward:
+                    part.clear()
+                    kernels.transition_backward(torch.empty_like(x), block_input, norm, weight, dtype, True)
             elif isinstance(stage, nn.BatchNorm2d) and i == len(names) - 1:
-                kernels.head(x, _norm(stage, train))
+                pooled = kernels.head(x, _norm(stage, train))
+                if backward:
+                    part.clear()
+                    kernels.head_backward(pooled, x, _norm(stage, train))
             elif isinstance(stage, nn.BatchNorm2d) and "pool0" in stages:
                 if train:
                     kernels.channel_stats(x)
-                x = kernels.stem_tail(x, _norm(stage, train))
+                block_input, x = x, kernels.stem_tail(x, _norm(stage, train))
+                if backward:
+                    part.clear()
+                    kernels.stem_tail_backward(torch.empty_like(x), block_input, _norm(stage, train))
             elif isinstance(stage, nn.Conv2d):
                 x = stage(x).to(memory_format=torch.channels_last)
-        if backward and not isinstance(stage, FastDenseBlock):
-            continue
         made = [Launch(name, launch.kernel, launch.grid, launch.arguments) for launch in part]
         launches = made + launches if backward else launches + made
     return launches

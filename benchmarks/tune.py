@@ -1,8 +1,8 @@
 """Find the best block shapes of the Triton kernels on this GPU: ``make tune`` writes ``kernels/tuned/<gpu>.json``.
 
-Every distinct launch of the forwards of DenseNet-121 is timed with a few candidates around its default; a launch
-only reads its inputs and writes its outputs whole, so that it can be repeated. The median decides, and a
-candidate must beat the default by 3% to be written down.
+Every distinct launch of DenseNet-121's inference and training step is timed with a few candidates around its
+default, on buffers that nothing reads any more, as some launches add to theirs. The median decides, and a candidate
+must beat the default by 3% to be written down.
 """
 
 from __future__ import annotations
@@ -30,12 +30,21 @@ _TUNED = {
     "_bn_relu_conv1x1_fwd_kernel": "conv1x1_fwd",
     "_bn_relu_conv3x3_fwd_kernel": "conv3x3_fwd",
     "_bn_relu_pool_conv1x1_fwd_kernel": "transition_fwd",
+    "_bn_relu_conv1x1_bwd_kernel": "conv1x1_bwd",
+    "_conv3x3_dgrad_kernel": "conv3x3_dgrad",
+    "_bn_relu_conv3x3_wgrad_kernel": "conv3x3_wgrad",
 }
 _MARGIN = 0.97
 
 
 def candidates(launch: Launch) -> Iterator[dict[str, int]]:
-    """Rows that change how often L2 is read, depths that change bytes in flight, warps that change registers."""
+    """Rows that change how often L2 is read, depths that change bytes in flight, warps that change registers.
+
+    Backward launches keep their blocks, by which their partial sums are laid out.
+    """
+    if "fwd" not in launch.name:
+        yield from (dict(num_warps=warps, num_stages=stages) for warps in (4, 8) for stages in (1, 2, 3, 4))
+        return
     for block_m in (64, 128, 256):
         for block_k in (32, 64, 128):
             for warps in (4, 8):
@@ -51,10 +60,11 @@ def best(launch: Launch) -> tuple[dict[str, int] | None, float, float]:
     winner, quickest = None, default * _MARGIN
     for candidate in candidates(launch):
         # tiles of fewer rows leave more partial statistics than there is room for
-        tiles = -(-launch.arguments["M"] // candidate["BLOCK_M"])
-        if launch.arguments.get("STATS") and tiles > launch.grid[0]:
-            continue
-        grid = (tiles, *launch.grid[1:])
+        grid = launch.grid
+        if "BLOCK_M" in candidate:
+            grid = (-(-launch.arguments["M"] // candidate["BLOCK_M"]), *launch.grid[1:])
+            if launch.arguments.get("STATS") and grid[0] > launch.grid[0]:
+                continue
         tried = dataclasses.replace(launch, grid=grid, arguments=launch.arguments | candidate)
         try:
             seconds = _seconds(tried)
@@ -72,8 +82,10 @@ def tune(batch: int, size: int) -> dict[str, dict[str, dict[str, int]]]:
     found: dict[str, dict[str, dict[str, int]]] = {name: {} for name in _TUNED.values()}
     launches: dict[tuple[str, str], Launch] = {}
     for train in (True, False):
-        with torch.no_grad(), recorded(make=True) as made:
-            net.train(train)(x)
+        with torch.set_grad_enabled(train), recorded(make=True) as made:
+            out = net.train(train)(x)
+            if train:
+                out.sum().backward()
         for launch in made:
             if launch.name in _TUNED:
                 launches.setdefault((_TUNED[launch.name], _key(launch)), launch)
@@ -87,7 +99,7 @@ def tune(batch: int, size: int) -> dict[str, dict[str, dict[str, int]]]:
 
 def _key(launch: Launch) -> str:
     a = launch.arguments
-    return tuning.key(a["M"], a["N"], a["K"], a["BLOCK_N"], a["w_ptr"].dtype)
+    return tuning.key(a["M"], a["N"], a["K"], a["BLOCK_N"], a["w_ptr" if "w_ptr" in a else "dy_ptr"].dtype)
 
 
 def _seconds(launch: Launch) -> float:

@@ -299,6 +299,35 @@ def test_training_follows_the_reference(twins, monkeypatch):
     assert theirs[-10:].mean() < 0.95 * theirs[:10].mean()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_training_step_is_captured_by_a_cuda_graph(twins, randn):
+    replayed, stepped = (twins("net", 12, (2, 2), 16, num_classes=10)[0].train().cuda() for _ in range(2))
+    x, labels = randn(4, 3, 32, 32, device="cuda"), torch.arange(4, device="cuda")
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9) for module in (replayed, stepped)]
+
+    def step(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=False)
+        torch.nn.functional.cross_entropy(module(x), labels).backward()
+        optimizer.step()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(replayed, optimizers[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(replayed, optimizers[0])
+    for _ in range(4):
+        graph.replay()
+    for _ in range(7):
+        step(stepped, optimizers[1])
+    for (name, ours), theirs in zip(replayed.state_dict().items(), stepped.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+
+
 # -- memory -------------------------------------------------------------------------------------------------------
 
 
