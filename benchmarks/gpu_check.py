@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import fastdense
 from fastdense import reference
 
-from . import results
+from . import plots, results
 from .launches import Launch, recorded
 
 _BATCHES = (256, 32, 1)
@@ -240,34 +240,47 @@ def run(
     return 1 if failed else 0
 
 
-def kernel_table(answers: dict[str, Any]) -> Table:
-    """Each kernel's time over its floor, summed over a network's launches."""
-    ceilings = answers["ceilings"]
-    table = Table("mode", "kernel", "launches", "us", "floor, us", "over floor", title="Kernels", box=None)
-    for name, rows in answers.items():
-        if not name.startswith("kernels/") or isinstance(rows, dict):
+def kernel_rows(answers: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each mode and kernel its launches, their seconds together, and their floor at the measured ceilings."""
+    found = []
+    for name, launches in answers.items():
+        if not name.startswith("kernels/") or isinstance(launches, dict):
             continue
-        for kernel in dict.fromkeys(row["kernel"] for row in rows):
-            own = [row for row in rows if row["kernel"] == kernel]
-            seconds = sum(row["seconds"] for row in own)
-            floor = sum(max(r["bytes"] / ceilings["bytes_per_s"], 2 * r["macs"] / ceilings["flops"]) for r in own)
-            table.add_row(
-                name.removeprefix("kernels/"), kernel.strip("_").removesuffix("_kernel"), str(len(own)),
-                f"{1e6 * seconds:.0f}", f"{1e6 * floor:.0f}", f"{seconds / floor:.2f}",
-            )  # fmt: skip
-    return table
+        ceilings = answers["ceilings"]
+        for kernel in dict.fromkeys(launch["kernel"] for launch in launches):
+            own = [launch for launch in launches if launch["kernel"] == kernel]
+            floors = [max(x["bytes"] / ceilings["bytes_per_s"], 2 * x["macs"] / ceilings["flops"]) for x in own]
+            found.append({
+                "mode": name.removeprefix("kernels/"), "kernel": kernel.strip("_").removesuffix("_kernel"),
+                "launches": len(own), "seconds": sum(launch["seconds"] for launch in own), "floor": sum(floors),
+            })  # fmt: skip
+    return found
 
 
-def network_table(answers: dict[str, Any]) -> Table:
-    """Images a second of each contender, and how many times that of eager."""
-    table = Table("network", "batch", "contender", "images/s", "of eager", title="DenseNet-121", box=None)
+def network_rows(answers: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each mode, batch and contender its images a second, and how many times eager's those are."""
+    found = []
     for name, answer in answers.items():
         if name.startswith("networks/") and "images_per_s" in answer:
             _, mode, batch, contender = name.split("/")
             eager = answers.get(f"networks/{mode}/{batch}/eager", {}).get("images_per_s")
-            ratio = f"{answer['images_per_s'] / eager:.2f}x" if eager else ""
-            table.add_row(mode, batch, contender, f"{answer['images_per_s']:.0f}", ratio)
-    return table
+            ratio = answer["images_per_s"] / eager if eager else None
+            row = {"mode": mode, "batch": int(batch), "contender": contender, "images_per_s": answer["images_per_s"]}
+            found.append(row | {"of_eager": ratio})
+    return found
+
+
+def tables(answers: dict[str, Any]) -> list[Table]:
+    """Kernels over their floors, and networks beside each other."""
+    kernels = Table("mode", "kernel", "launches", "us", "floor, us", "over floor", title="Kernels", box=None)
+    for row in kernel_rows(answers):
+        times = (f"{1e6 * row['seconds']:.0f}", f"{1e6 * row['floor']:.0f}", f"{row['seconds'] / row['floor']:.2f}")
+        kernels.add_row(row["mode"], row["kernel"], str(row["launches"]), *times)
+    networks = Table("network", "batch", "contender", "images/s", "of eager", title="DenseNet-121", box=None)
+    for row in network_rows(answers):
+        ratio = "" if row["of_eager"] is None else f"{row['of_eager']:.2f}x"
+        networks.add_row(row["mode"], str(row["batch"]), row["contender"], f"{row['images_per_s']:.0f}", ratio)
+    return [kernels, networks]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -288,10 +301,11 @@ def main(argv: list[str] | None = None) -> int:
     todo = [check for check in checks() if check.name.startswith(arguments.only)]
     status = run(todo, path, environment, arguments.minutes, arguments.again, console)
     answers = json.loads(path.read_text())["checks"] if path.exists() else {}
-    if "bytes_per_s" in answers.get("ceilings", {}):
-        console.print(kernel_table(answers))
-    console.print(network_table(answers))
-    console.print(str(path))
+    for table in tables(answers):
+        console.print(table)
+    picture = path.with_suffix(".png")
+    plots.draw_gpu_check(kernel_rows(answers), network_rows(answers), environment, picture)
+    console.print(f"{path}\n{picture}")
     return status
 
 

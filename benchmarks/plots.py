@@ -282,6 +282,46 @@ def _training(training: Row, environment: Row) -> Figure:
     return figure
 
 
+# -- a GPU's check ------------------------------------------------------------------------------------------------
+
+
+def draw_gpu_check(kernels: list[Row], networks: list[Row], environment: Row, picture: Path) -> None:
+    """Each kernel's time over its floor, and each contender's speed over eager's, from rows of ``gpu-check``."""
+    modes = list(dict.fromkeys(row["mode"] for row in kernels))
+    cases = list(dict.fromkeys((row["mode"], row["batch"]) for row in networks))
+    lines = max([len(kernels) + len(modes), len(networks) + len(cases), 1])
+    with style.context(_STYLE):
+        figure = _figure(14, 1.5 + 0.24 * lines, "DenseNet-121 in bfloat16 on a GPU", environment)
+        left, right = figure.subplots(1, 2)
+        _bars(left, "time over floor: shorter is better", [
+            (f"{row['kernel']}, {row['mode']}", row["seconds"] / row["floor"], _COLOURS[FAST.name]) for row in kernels
+        ])  # fmt: skip
+        _bars(right, "speed over eager AMP: longer is better", [
+            (
+                f"{row['contender']}, {row['mode']}, batch {row['batch']}",
+                row["of_eager"],
+                _COLOURS[FAST.name if row["contender"].startswith("fast") else NAIVE.name],
+            )
+            for row in networks
+            if row["of_eager"] is not None
+        ])  # fmt: skip
+        figure.savefig(picture)
+
+
+def _bars(axes: Axes, title: str, bars: list[tuple[str, float, str]]) -> None:
+    """One below the other, with a line at 1."""
+    axes.set_title(title)
+    if bars:
+        labels, values, colours = zip(*bars, strict=True)
+        axes.barh(range(len(bars)), values, color=colours)
+        axes.set_yticks(range(len(bars)), labels, fontsize=8)
+        for y, value in enumerate(values):
+            _annotate(axes, _number(value), value, y, NAIVE.name)
+    axes.invert_yaxis()
+    axes.axvline(1, color=_INK, linewidth=0.8)
+    axes.grid(axis="y", visible=False)
+
+
 # -- what the figures share -----------------------------------------------------------------------------------
 
 _HEAD, _FOOT = 0.95, 0.35

@@ -99,7 +99,7 @@ def tune(batch: int, size: int) -> dict[str, dict[str, dict[str, int]]]:
 
 def _key(launch: Launch) -> str:
     a = launch.arguments
-    return tuning.key(a["M"], a["N"], a["K"], a["BLOCK_N"], a["w_ptr" if "w_ptr" in a else "dy_ptr"].dtype)
+    return tuning.key(a["M"], a["N"], a["K"], a["w_ptr" if "w_ptr" in a else "dy_ptr"].dtype)
 
 
 def _seconds(launch: Launch) -> float:

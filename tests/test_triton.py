@@ -541,13 +541,14 @@ def test_tuning_tries_what_fits_and_reads_its_own_keys(twins, randn, monkeypatch
     assert winner["BLOCK_M"] == 256
     assert quickest < default
     n, k = launch.arguments["N"], launch.arguments["K"]
-    assert tune._key(launch) == tuning.key(launch.arguments["M"], n, k, 128, torch.float16) == "n128-k64-many-16bit"
+    assert tune._key(launch) == tuning.key(launch.arguments["M"], n, k, torch.float16) == "n128-k64-many-16bit"
 
 
 def test_gpu_check_goes_on_where_it_stopped(tmp_path):
     from rich.console import Console
 
-    from fastdense.benchmarks.gpu_check import Check, kernel_table, network_table, run
+    from fastdense.benchmarks import plots, results
+    from fastdense.benchmarks.gpu_check import Check, kernel_rows, network_rows, run, tables
 
     calls = []
 
@@ -570,8 +571,10 @@ def test_gpu_check_goes_on_where_it_stopped(tmp_path):
     assert run(todo, path, {"commit": "a"}, 1, False, console) == 0
     assert calls == [check.name for check in todo]
     answers = json.loads(path.read_text())["checks"]
-    assert list(kernel_table(answers).columns[-1].cells) == ["2.00"]
-    assert list(network_table(answers).columns[-1].cells) == ["1.00x", "4.00x"]
+    assert [list(table.columns[-1].cells) for table in tables(answers)] == [["2.00"], ["1.00x", "4.00x"]]
+    picture = tmp_path / "gpu.png"
+    plots.draw_gpu_check(kernel_rows(answers), network_rows(answers), results.environment("cpu"), picture)
+    assert picture.stat().st_size > 10_000
     assert run([*todo, answer("parity/x", RuntimeError("no"))], path, {"commit": "b"}, 1, False, console) == 1
     assert len(calls) == 9
 

@@ -57,7 +57,7 @@ def conv1x1_fwd(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device
     block_n = _block(n, 128)
     wide = Config(128 if m >= _MANY else 64, block_n, _block(k, _depth(dtype)), num_warps=8 if n > 64 else 4)
     default = wide if m >= _FEW else Config(16, _block(n, 32), _block(k, 2 * _depth(dtype)))
-    return _tuned("conv1x1_fwd", key(m, n, k, block_n, dtype), device, default)
+    return _tuned("conv1x1_fwd", key(m, n, k, dtype), device, default)
 
 
 def conv3x3_fwd(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
@@ -66,7 +66,7 @@ def conv3x3_fwd(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device
     many = m >= _MANY
     wide = Config(128 if many else 64, block_n, _block(k, _depth(dtype)), num_warps=8 if many else 4)
     default = wide if m >= _FEW else Config(16, 16, _block(k, 2 * _depth(dtype)), num_warps=2)
-    return _tuned("conv3x3_fwd", key(m, n, k, block_n, dtype), device, default)
+    return _tuned("conv3x3_fwd", key(m, n, k, dtype), device, default)
 
 
 def transition_fwd(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
@@ -74,20 +74,20 @@ def transition_fwd(m: int, n: int, k: int, dtype: torch.dtype, device: torch.dev
     block_n = _block(n, 128)
     wide = Config(64, block_n, _block(k, 32), num_warps=8 if n > 64 else 4)
     default = wide if m >= _FEW else Config(16, _block(n, 32), _block(k, 64))
-    return _tuned("transition_fwd", key(m, n, k, block_n, dtype), device, default)
+    return _tuned("transition_fwd", key(m, n, k, dtype), device, default)
 
 
 def block_infer(pixels: int, b: int, n: int, dtype: torch.dtype, device: torch.device) -> Config:
     """BLOCK_N is the bottleneck's. Both products live in one kernel: 64 rows, or its registers spill."""
     default = Config(64, _block(b, 128), _depth(dtype), num_warps=8, num_stages=2)
-    return _tuned("block_infer", key(pixels, n, b, _block(n, 64), dtype), device, default)
+    return _tuned("block_infer", key(pixels, n, b, dtype), device, default)
 
 
 def conv1x1_bwd(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Two products, dh and all of N: 64 rows by 64 channels hold 8 warps just short of spilling."""
     block_n = _block(n, 256)
     default = Config(64, block_n, _block(k, 64 if n <= 128 else 32), num_warps=8, num_stages=2)
-    return _tuned("conv1x1_bwd", key(m, n, k, block_n, dtype), device, default)
+    return _tuned("conv1x1_bwd", key(m, n, k, dtype), device, default)
 
 
 def conv3x3_dgrad(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
@@ -95,14 +95,14 @@ def conv3x3_dgrad(m: int, n: int, k: int, dtype: torch.dtype, device: torch.devi
     block_n = _block(n, 64)
     wide = Config(64, block_n, _block(k, 128), num_warps=8, num_stages=3)
     default = wide if m >= _FEW else Config(16, block_n, _block(k, 32), num_stages=3)
-    return _tuned("conv3x3_dgrad", key(m, n, k, block_n, dtype), device, default)
+    return _tuned("conv3x3_dgrad", key(m, n, k, dtype), device, default)
 
 
 def conv3x3_wgrad(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Three taps of accumulators, [64, 32] each."""
     block_n = _block(n, 32)
     default = Config(64, block_n, _block(k, 64), num_warps=4, num_stages=2)
-    return _tuned("conv3x3_wgrad", key(m, n, k, block_n, dtype), device, default)
+    return _tuned("conv3x3_wgrad", key(m, n, k, dtype), device, default)
 
 
 def split(tiles: int, blocks: int, device: torch.device) -> tuple[int, int]:
@@ -128,10 +128,10 @@ def _depth(dtype: torch.dtype) -> int:
     return 32 if dtype.itemsize == 4 or _family == "hip" else 64
 
 
-def key(m: int, n: int, k: int, block_n: int, dtype: torch.dtype) -> str:
-    """What changes the best answer: the tile's width, the depth to a power of two, whether rows are many, the dtype."""
+def key(m: int, n: int, k: int, dtype: torch.dtype) -> str:
+    """What changes the best answer: width and depth to a power of two, whether rows are many, the dtype."""
     rows = "many" if m >= _MANY else "few" if m >= _FEW else "tiny"
-    return f"n{block_n}-k{_block(k, 1024)}-{rows}-{8 * dtype.itemsize}bit"
+    return f"n{_block(n, 256)}-k{_block(k, 1024)}-{rows}-{8 * dtype.itemsize}bit"
 
 
 def file_for(gpu: str) -> Path:
