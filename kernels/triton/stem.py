@@ -135,7 +135,7 @@ def stem_tail_backward(grad_out: Tensor, x: Tensor, norm: Norm) -> NormGrads:
     dweight, dbias = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
     p, q = torch.zeros((2, c), dtype=torch.float32, device=x.device)
     sums = Partials(x.device)
-    config = tuning.elementwise(c, x.device)
+    config = tuning.elementwise(c, x.device, 2048)  # it gathers from four windows
     parts = sums.begin(n * h * w, c, config.BLOCK_M)
     for with_sums in (True, False):
         _bn_relu_maxpool_bwd_kernel[(sums.tiles, triton.cdiv(c, config.BLOCK_C))](

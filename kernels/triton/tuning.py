@@ -78,8 +78,8 @@ def transition_fwd(m: int, n: int, k: int, dtype: torch.dtype, device: torch.dev
 
 
 def block_infer(pixels: int, b: int, n: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """BLOCK_N is the bottleneck's. Both products live in one kernel: 64 rows, or its registers spill."""
-    default = Config(64, _block(b, 128), _depth(dtype), num_warps=8, num_stages=2)
+    """BLOCK_N is the bottleneck's. Both products live in one kernel: small tiles, or its registers spill."""
+    default = Config(64, _block(b, 128), 32, num_warps=8, num_stages=2)
     return _tuned("block_infer", key(pixels, n, b, dtype), device, default)
 
 
@@ -112,15 +112,15 @@ def split(tiles: int, blocks: int, device: torch.device) -> tuple[int, int]:
     return each, triton.cdiv(tiles, each)
 
 
-def elementwise(channels: int, device: torch.device) -> Config:
-    """Rows of at least 128 bytes, 4096 elements: enough loads in flight, few registers."""
+def elementwise(channels: int, device: torch.device, elements: int = 4096) -> Config:
+    """Rows of at least 128 bytes: enough loads in flight with 4096 elements, and few registers."""
     block_c = _block(channels, 64)
-    return Config(BLOCK_M=4096 // block_c, BLOCK_C=block_c, num_warps=4, num_stages=1)
+    return Config(BLOCK_M=elements // block_c, BLOCK_C=block_c, num_warps=4, num_stages=1)
 
 
 def merge(tiles: int) -> Config:
     """Few programs with little to do each: many partials at a time, so that their latency is paid seldom."""
-    return Config(BLOCK_T=_block(tiles, 256), BLOCK_C=16, num_warps=4, num_stages=1)
+    return Config(BLOCK_T=_block(tiles, 128), BLOCK_C=16, num_warps=4, num_stages=1)
 
 
 def _depth(dtype: torch.dtype) -> int:
