@@ -76,7 +76,7 @@ class Compiled:
 
 
 def distinct(launches: Iterable[Launch]) -> list[Launch]:
-    """One launch for each set of blocks and flags, specialised as most of its launches are."""
+    """The last launch of each set of blocks and flags; other specialisations of its arguments are not compiled."""
     seen = {(launch.name, _blocks(launch), launch.arguments["num_warps"]): launch for launch in launches}
     return list(seen.values())
 
