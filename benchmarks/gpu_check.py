@@ -104,7 +104,7 @@ def _kernels(mode: str, batch: int) -> list[dict[str, Any]]:
 def _timed(launch: Launch) -> dict[str, Any]:
     sizes = {key: value for key, value in launch.arguments.items() if isinstance(value, int | bool | str)}
     return {
-        "kernel": launch.name, "grid": list(launch.grid), "arguments": sizes, "seconds": _seconds(launch.replay, 20),
+        "kernel": launch.label, "grid": list(launch.grid), "arguments": sizes, "seconds": _seconds(launch.replay, 20),
         "bytes": launch.bytes(), "macs": launch.macs(),
     }  # fmt: skip
 
@@ -251,7 +251,7 @@ def kernel_rows(answers: dict[str, Any]) -> list[dict[str, Any]]:
             own = [launch for launch in launches if launch["kernel"] == kernel]
             floors = [max(x["bytes"] / ceilings["bytes_per_s"], 2 * x["macs"] / ceilings["flops"]) for x in own]
             found.append({
-                "mode": name.removeprefix("kernels/"), "kernel": kernel.strip("_").removesuffix("_kernel"),
+                "mode": name.removeprefix("kernels/"), "kernel": kernel,
                 "launches": len(own), "seconds": sum(launch["seconds"] for launch in own), "floor": sum(floors),
             })  # fmt: skip
     return found

@@ -108,10 +108,10 @@ def compile_for(launch: Launch, gpu: Gpu) -> Compiled:
         problems.append(f"{spills} spills")
     if shared > gpu.shared:
         problems.append("too much shared memory")
-    if not matrix and launch.macs() and "bf16" in str(signature.get("w_ptr", signature.get("w1_ptr"))):
+    if not matrix and launch.macs():
         problems.append("no tensor cores")
     return Compiled(
-        launch.name.removeprefix("_").removesuffix("_kernel"), _blocks(launch), gpu.name, warps, registers, spills,
+        launch.label, _blocks(launch), gpu.name, warps, registers, spills,
         shared, min(1.0, programs * warps / gpu.warps), matrix, ", ".join(problems),
     )  # fmt: skip
 
@@ -229,13 +229,13 @@ def _layers(arch: str, train: bool, backward: bool, batch: int = 256) -> Table:
     )  # fmt: skip
     groups: dict[tuple[str, str], list[Launch]] = {}
     for launch in network_launches(arch, batch, 224, torch.bfloat16, train, backward):
-        groups.setdefault((launch.part, launch.name), []).append(launch)
+        groups.setdefault((launch.part, launch.label), []).append(launch)
     total = 0.0
     for (part, name), launches in groups.items():
         seconds = sum(map(predicted_seconds, launches))
         total += seconds
         table.add_row(
-            part, name.removeprefix("_").removesuffix("_kernel"), str(len(launches)),
+            part, name, str(len(launches)),
             f"{sum(launch.macs() for launch in launches) / 1e9:.1f}",
             f"{sum(launch.bytes() for launch in launches) / 1e6:.0f}", f"{1e6 * seconds:.0f}",
         )  # fmt: skip

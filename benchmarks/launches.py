@@ -31,6 +31,11 @@ class Launch:
     def name(self) -> str:
         return self.kernel.fn.__name__
 
+    @property
+    def label(self) -> str:
+        """Its name, for tables."""
+        return self.name.removeprefix("_").removesuffix("_kernel")
+
     def replay(self) -> None:
         """Launch it again, on the tensors it was launched with."""
         self.kernel[self.grid](**self.arguments)
@@ -91,6 +96,8 @@ class Launch:
             return a["x_ptr"].nbytes * (1 if a["SUMS"] else 2) + a["dout_ptr"].nbytes + taps + vectors
         if self.name in ("_bn_relu_maxpool_fwd_kernel", "_bn_relu_mean_fwd_kernel", "_bn_relu_pool_fwd_kernel"):
             return a["x_ptr"].nbytes + a["out_ptr"].nbytes + 8 * a["C"]
+        if self.name != "_finalise_kernel":
+            raise ValueError(f"no count of the bytes of {self.name}")
         merged = 8 * (a["TILES"] + 1) * a["C_NEW"] if a["MERGE"] else 0
         return merged + (16 + 2 * size["weight_ptr"]) * a["C_NORM"]
 

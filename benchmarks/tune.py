@@ -59,12 +59,11 @@ def best(launch: Launch) -> tuple[dict[str, int] | None, float, float]:
     default = _seconds(launch)
     winner, quickest = None, default * _MARGIN
     for candidate in candidates(launch):
-        # tiles of fewer rows leave more partial statistics than there is room for
         grid = launch.grid
         if "BLOCK_M" in candidate:
             grid = (-(-launch.arguments["M"] // candidate["BLOCK_M"]), *launch.grid[1:])
             if launch.arguments.get("STATS") and grid[0] > launch.grid[0]:
-                continue
+                continue  # more partial statistics than there is room for
         tried = dataclasses.replace(launch, grid=grid, arguments=launch.arguments | candidate)
         try:
             seconds = _seconds(tried)

@@ -94,13 +94,12 @@ def select(device: torch.device, dtype: torch.dtype) -> str:
         RuntimeError: the override names one that cannot compute there.
     """
     if _override is None or _override == "auto":
-        for name, backend in _REGISTRY.items():
-            if backend.automatic and backend.refuses(device, dtype) is None:
-                return name
+        backends = (backend for backend in _REGISTRY.values() if backend.automatic)
+        return next(backend.name for backend in backends if backend.refuses(device, dtype) is None)
     if _override == REFERENCE:
         return REFERENCE
     if _override not in _REGISTRY:
-        raise ValueError(_unknown(str(_override)))
+        raise ValueError(_unknown(_override))
     reason = _REGISTRY[_override].refuses(device, dtype)
     if reason is not None:
         raise RuntimeError(f"backend {_override!r} was asked for, but {reason}")

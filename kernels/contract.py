@@ -89,6 +89,11 @@ class DenseLayers(NamedTuple):
     drop_rate: float
 
     @property
+    def keep_scale(self) -> float:
+        """What dropout multiplies kept values by."""
+        return 0.0 if self.drop_rate == 1 else 1 / (1 - self.drop_rate)
+
+    @property
     def num_layers(self) -> int:
         return len(self.conv1_weight)
 

@@ -68,7 +68,7 @@ class _NormReluConv:
         vectors: Affine,
         weight: Tensor,
         mask: Tensor | None,
-        drop_rate: float,
+        keep_scale: float,
         dtype: torch.dtype,
         scratch: Scratch,
     ):
@@ -76,8 +76,7 @@ class _NormReluConv:
         self.dweight: Tensor
         self.dtype, self.compute = dtype, gemm_dtype(dtype, weight.device)
         self.weight = cast(weight, self.compute)
-        self.mask = mask
-        self.keep_scale = 0.0 if drop_rate == 1 else 1 / (1 - drop_rate)
+        self.mask, self.keep_scale = mask, keep_scale
 
     def forward(
         self, source: Tensor, parts: list[Chunk], want_stats: bool, out: Tensor | None = None
@@ -141,14 +140,14 @@ class _Block:
         """norm1-ReLU-conv1x1: prefix of X -> h."""
         mask = self.layers.bottleneck_mask[layer] if self.layers.bottleneck_mask else None
         return _NormReluConv(
-            norm1, self.layers.conv1_weight[layer], mask, self.layers.drop_rate, self.dtype, self.scratch
+            norm1, self.layers.conv1_weight[layer], mask, self.layers.keep_scale, self.dtype, self.scratch
         )
 
     def growth(self, layer: int, norm: Affine) -> _NormReluConv:
         """norm-ReLU-conv3x3: h (or the prefix, without bottlenecks) -> the new channels."""
         mask = self.layers.growth_mask[layer] if self.layers.growth_mask else None
         return _NormReluConv(
-            norm, self.layers.growth_weight[layer], mask, self.layers.drop_rate, self.dtype, self.scratch
+            norm, self.layers.growth_weight[layer], mask, self.layers.keep_scale, self.dtype, self.scratch
         )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..portable.batch_norm import Affine
 from . import tuning
 from .statistics import Partials, Vectors
-from .tile_math import affine_relu, mask_by_relu, relu, store_tile_stats
+from .tile_math import affine_relu, drop, mask_by_relu, relu, store_tile_stats
 
 
 @triton.jit
@@ -58,13 +58,10 @@ def _bn_relu_conv1x1_fwd_kernel(
         acc = relu(acc * scale2[None, :] + shift2[None, :])
     h = acc.to(h_ptr.dtype.element_ty)
     if DROP:
-        kept = tl.load(keep_ptr + offs, mask=mask, other=0) != 0
-        h = tl.where(kept, h.to(tl.float32) * keep_scale, 0.0).to(h_ptr.dtype.element_ty)
+        h = drop(h, keep_ptr + offs, mask, keep_scale)
     tl.store(h_ptr + offs, h, mask=mask)
     if STATS:
-        part = pid_m.to(tl.int64) * N
-        count = tl.minimum(M - pid_m.to(tl.int64) * BLOCK_M, BLOCK_M).to(tl.float32)
-        store_tile_stats(h.to(tl.float32), mask_m, count, part_mean_ptr + part, part_m2_ptr + part, offs_n, mask_n)
+        store_tile_stats(h, pid_m, mask_m, M, part_mean_ptr, part_m2_ptr, offs_n, mask_n, N, BLOCK_M)
 
 
 def bn_relu_conv1x1_fwd(

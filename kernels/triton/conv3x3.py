@@ -23,7 +23,7 @@ from ..portable.batch_norm import Affine
 from . import tuning
 from .conv1x1 import precision
 from .statistics import Partials, Vectors
-from .tile_math import affine_relu, mask_by_relu, split_pixels, store_tile_stats
+from .tile_math import affine_relu, drop, mask_by_relu, split_pixels, store_tile_stats, store_tile_sums
 
 
 @triton.jit
@@ -61,13 +61,10 @@ def _bn_relu_conv3x3_fwd_kernel(
     mask = mask_m[:, None] & mask_n[None, :]
     y = acc.to(w_ptr.dtype.element_ty)
     if DROP:
-        kept = tl.load(keep_ptr + offs_m[:, None] * N + offs_n[None, :], mask=mask, other=0) != 0
-        y = tl.where(kept, y.to(tl.float32) * keep_scale, 0.0).to(w_ptr.dtype.element_ty)
+        y = drop(y, keep_ptr + offs_m[:, None] * N + offs_n[None, :], mask, keep_scale)
     tl.store(y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
     if STATS:
-        part = pid_m.to(tl.int64) * N
-        count = tl.minimum(M - pid_m.to(tl.int64) * BLOCK_M, BLOCK_M).to(tl.float32)
-        store_tile_stats(y.to(tl.float32), mask_m, count, part_mean_ptr + part, part_m2_ptr + part, offs_n, mask_n)
+        store_tile_stats(y, pid_m, mask_m, M, part_mean_ptr, part_m2_ptr, offs_n, mask_n, N, BLOCK_M)
 
 
 def bn_relu_conv3x3_fwd(
@@ -140,9 +137,7 @@ def _conv3x3_dgrad_kernel(
     shift = tl.load(shift_ptr + offs_k, mask=mask_k, other=0.0)
     mean = tl.load(mean_ptr + offs_k, mask=mask_k, other=0.0)
     da = mask_by_relu(acc, affine_relu(x, scale, shift))  # 0 in rows beyond M: their dy is
-    part = pid_m.to(tl.int64) * K + offs_k
-    tl.store(part_s1_ptr + part, tl.sum(da, 0), mask=mask_k)
-    tl.store(part_s2_ptr + part, tl.sum(da * (x - mean[None, :]), 0), mask=mask_k)
+    store_tile_sums(da, x, mean, pid_m, part_s1_ptr, part_s2_ptr, offs_k, mask_k, K)
     out_ptrs = out_ptr + offs_m[:, None] * stride_om + offs_k[None, :]
     if ADD:
         da = tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32) + scale[None, :] * da

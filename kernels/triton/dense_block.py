@@ -45,7 +45,6 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
     partials = Partials(x.device)
     share_stats = any(layers.norm1_batch_stats)
     weights1, weights3 = packed_weights(layers, dtype)
-    keep_scale = 0.0 if layers.drop_rate == 1 else 1 / (1 - layers.drop_rate)
     bottleneck: list[Tensor] = []
 
     copy_stats_fwd(x, shared[:, :c0], partials if share_stats else None)
@@ -62,12 +61,13 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
             own = ChannelStats(bottleneck_stats.mean[layer], bottleneck_stats.var[layer])
             bn_relu_conv1x1_fwd(
                 source, vectors, weights1[layer], hidden,
-                keep=kept(layers.bottleneck_mask, layer), keep_scale=keep_scale, stats=partials if wanted else None,
+                keep=kept(layers.bottleneck_mask, layer), keep_scale=layers.keep_scale,
+                stats=partials if wanted else None,
             )  # fmt: skip
             source, vectors = hidden, merge_for(layers.norm2(layer, own), own, partials if wanted else None)
         bn_relu_conv3x3_fwd(
             source, vectors, weights3[layer], shared[:, channels : channels + k], (h, w),
-            keep=kept(layers.growth_mask, layer), keep_scale=keep_scale, stats=partials if share_stats else None,
+            keep=kept(layers.growth_mask, layer), keep_scale=layers.keep_scale, stats=partials if share_stats else None,
         )  # fmt: skip
         if layer + 1 < count:
             vectors = merge_for(layers.norm1(layer + 1, stats), stats, partials if share_stats else None, channels)

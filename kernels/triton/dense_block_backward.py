@@ -59,7 +59,6 @@ def dense_block_backward(
         [layers.norm2(i, own) for i, own in enumerate(hidden_stats)] if layers.has_bottleneck else [], torch.float32
     )
     weights1, weights3 = packed_weights(layers, dtype)
-    keep_scale = 0.0 if layers.drop_rate == 1 else 1 / (1 - layers.drop_rate)
     sums = Partials(device)
     grads = _empty(layers, needs, grad_out)
 
@@ -70,17 +69,16 @@ def dense_block_backward(
         dy = torch.empty((count, k), dtype=dtype, device=device)
         true_gradient(
             raw[:, new], shared[:, new], stats.mean[new], (correction[0, new], correction[1, new]), dy,
-            keep=kept(layers.growth_mask, layer), keep_scale=keep_scale,
+            keep=kept(layers.growth_mask, layer), keep_scale=layers.keep_scale,
         )  # fmt: skip
         if layers.has_bottleneck:
-            norm2 = norms2[layer]
+            norm2, keep = norms2[layer], kept(layers.bottleneck_mask, layer)
             if output.bottleneck:
                 hidden = output.bottleneck[layer]
             else:
                 hidden = torch.empty((count, layers.bottleneck_channels), dtype=dtype, device=device)
-                keep = kept(layers.bottleneck_mask, layer)
                 vectors = Vectors(norm1.scale, norm1.shift)
-                bn_relu_conv1x1_fwd(source, vectors, weights1[layer], hidden, keep=keep, keep_scale=keep_scale)
+                bn_relu_conv1x1_fwd(source, vectors, weights1[layer], hidden, keep=keep, keep_scale=layers.keep_scale)
             da = torch.empty_like(hidden)
             conv3x3_dgrad(dy, weights3[layer], hidden, norm2, da, (h, w), sums, add=False)
             own = torch.zeros((2, hidden.shape[1]), dtype=torch.float32, device=device)
@@ -92,7 +90,7 @@ def dense_block_backward(
                 grads.conv2_weight[layer] = _growth_gradient(dy, hidden, norm2, (h, w), layers.conv2_weight[layer])
             dw = bn_relu_conv1x1_bwd(
                 source, norm1, weights1[layer], hidden, da, norm2, (own[0], own[1]), raw[:, :channels], sums,
-                need_weight=needs.conv1[layer], keep=kept(layers.bottleneck_mask, layer), keep_scale=keep_scale,
+                need_weight=needs.conv1[layer], keep=keep, keep_scale=layers.keep_scale,
             )  # fmt: skip
             if dw is not None:
                 weight = layers.conv1_weight[layer]

@@ -13,16 +13,18 @@ Source: Ioffe and Szegedy 2015 (arXiv 1502.03167).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..contract import Norm, NormGrads, empty_channels_last
-from ..portable.batch_norm import affine
+from ..portable.batch_norm import Affine
 from . import tuning
 from .statistics import Partials
-from .tile_math import affine_relu, mask_by_relu, split_pixels
+from .tile_math import affine_relu, drop, mask_by_relu, split_pixels, store_tile_sums
 
 
 @triton.jit
@@ -44,8 +46,7 @@ def _true_gradient_kernel(
     out = g + (p[None, :] + q[None, :] * (x - mean[None, :]))
     offs = offs_m[:, None] * C + offs_c[None, :]
     if DROP:
-        kept = tl.load(keep_ptr + offs, mask=mask, other=0) != 0
-        out = tl.where(kept, out * keep_scale, 0.0)
+        out = drop(out, keep_ptr + offs, mask, keep_scale)
     tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -127,6 +128,44 @@ def norm_sums(
 
 
 @triton.jit
+def input_gradient(da, x, scale, mean, p_ptr, q_ptr, offs_c, mask_c):
+    """scale * da + p + q * (x - mean) of a tile [M, C]."""
+    p = tl.load(p_ptr + offs_c, mask=mask_c, other=0.0)
+    q = tl.load(q_ptr + offs_c, mask=mask_c, other=0.0)
+    return scale[None, :] * da + (p[None, :] + q[None, :] * (x - mean[None, :]))
+
+
+def two_pass_backward(
+    kernel: Any, x: Tensor, norm: Norm, vectors: Affine, config: tuning.Config, operands: list[Tensor], sizes: list[int]
+) -> NormGrads:
+    """Gradients through a norm and what follows it in one module: its correction is known after a first pass over x.
+
+    Args:
+        kernel: stores its tiles' sums with SUMS and dx without; it takes x, scale, shift, mean, the ``operands``, p, q,
+            dx, the sums, M, H, W, C, the ``sizes`` and the strides of x.
+        x: [N, C, H, W] of any strides.
+    """
+    n, c, h, w = x.shape
+    m = n * h * w
+    dx = empty_channels_last((n, c, h, w), x.dtype, x.device)
+    dweight, dbias = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
+    p, q = torch.zeros((2, c), dtype=torch.float32, device=x.device)
+    sums = Partials(x.device)
+    parts = sums.begin(m, c, config.BLOCK_M)
+
+    def launch(with_sums: bool) -> None:
+        kernel[(sums.tiles, triton.cdiv(c, config.BLOCK_C))](
+            x, vectors.scale, vectors.shift, vectors.mean, *operands, p, q, dx, *parts,
+            m, h, w, c, *sizes, *x.stride(), SUMS=with_sums, **config.arguments(),
+        )  # fmt: skip
+
+    launch(True)
+    norm_sums(sums, m, vectors.scale, vectors.rstd, dweight, dbias, (p, q), batch=norm.batch_stats, add=False)
+    launch(False)
+    return NormGrads(dx, dweight, dbias)
+
+
+@triton.jit
 def _spread_kernel(
     x_ptr, scale_ptr, shift_ptr, mean_ptr, dout_ptr, p_ptr, q_ptr, dx_ptr, part_s1_ptr, part_s2_ptr,
     M, H, W, C, H_OUT, W_OUT, WINDOW_H, WINDOW_W, stride_xn, stride_xc, stride_xh, stride_xw,
@@ -158,36 +197,19 @@ def _spread_kernel(
     mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)
     da = mask_by_relu(dout / (WINDOW_H * WINDOW_W), affine_relu(x, scale, shift))
     if SUMS:
-        tl.store(part_s1_ptr + pid_m * C + offs_c, tl.sum(da, 0), mask=mask_c)
-        tl.store(part_s2_ptr + pid_m * C + offs_c, tl.sum(da * (x - mean[None, :]), 0), mask=mask_c)
+        store_tile_sums(da, x, mean, pid_m, part_s1_ptr, part_s2_ptr, offs_c, mask_c, C)
     else:
-        p = tl.load(p_ptr + offs_c, mask=mask_c, other=0.0)
-        q = tl.load(q_ptr + offs_c, mask=mask_c, other=0.0)
-        dx = scale[None, :] * da + (p[None, :] + q[None, :] * (x - mean[None, :]))
+        dx = input_gradient(da, x, scale, mean, p_ptr, q_ptr, offs_c, mask_c)
         tl.store(dx_ptr + offs_m[:, None] * C + offs_c[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def average_backward(dout: Tensor, x: Tensor, norm: Norm, windows: tuple[int, int], size: tuple[int, int]) -> NormGrads:
+def average_backward(
+    dout: Tensor, x: Tensor, norm: Norm, vectors: Affine, windows: tuple[int, int], size: tuple[int, int]
+) -> NormGrads:
     """Gradients of the average of ``relu(norm(x))`` over windows of ``size``, of which ``windows`` fit into an image.
 
     Args:
-        dout: [N * windows, C], dense; x: [N, C, H, W] of any strides.
+        dout: [N * windows, C], dense; x: [N, C, H, W] of any strides; vectors: those of the norm.
     """
-    n, c, h, w = x.shape
-    vectors = affine(norm, torch.float32)
-    dx = empty_channels_last((n, c, h, w), x.dtype, x.device)
-    dweight, dbias = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
-    p, q = torch.zeros((2, c), dtype=torch.float32, device=x.device)
-    sums = Partials(x.device)
-    config = tuning.elementwise(c, x.device)
-    parts = sums.begin(n * h * w, c, config.BLOCK_M)
-    for with_sums in (True, False):
-        _spread_kernel[(sums.tiles, triton.cdiv(c, config.BLOCK_C))](
-            x, vectors.scale, vectors.shift, vectors.mean, dout, p, q, dx, *parts,
-            n * h * w, h, w, c, *windows, *size, *x.stride(), SUMS=with_sums, **config.arguments(),
-        )  # fmt: skip
-        if with_sums:
-            norm_sums(
-                sums, n * h * w, vectors.scale, vectors.rstd, dweight, dbias, (p, q), batch=norm.batch_stats, add=False
-            )
-    return NormGrads(dx, dweight, dbias)
+    config = tuning.elementwise(x.shape[1], x.device)
+    return two_pass_backward(_spread_kernel, x, norm, vectors, config, [dout], [*windows, *size])

@@ -7,11 +7,13 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..contract import Norm, NormGrads
+from ..portable.batch_norm import affine
 from . import tuning
 from .gradients import average_backward
 from .launch import on_device
@@ -57,4 +59,6 @@ def head(x: Tensor, norm: Norm) -> Tensor:
 
 @on_device
 def head_backward(grad_out: Tensor, x: Tensor, norm: Norm) -> NormGrads:
-    return average_backward(grad_out.contiguous(), x, norm, (1, 1), (x.shape[2], x.shape[3]))
+    return average_backward(
+        grad_out.contiguous(), x, norm, affine(norm, torch.float32), (1, 1), (x.shape[2], x.shape[3])
+    )

@@ -77,9 +77,7 @@ def _copy_stats_fwd_kernel(
     if COPY:
         tl.store(y_ptr + offs_m[:, None] * stride_ym + offs_c[None, :], x.to(y_ptr.dtype.element_ty), mask=mask)
     if STATS:
-        count = tl.minimum(M - pid_m * BLOCK_M, BLOCK_M).to(tl.float32)
-        part = pid_m * C
-        store_tile_stats(x.to(tl.float32), mask_m, count, part_mean_ptr + part, part_m2_ptr + part, offs_c, mask_c)
+        store_tile_stats(x, pid_m, mask_m, M, part_mean_ptr, part_m2_ptr, offs_c, mask_c, C, BLOCK_M)
 
 
 def copy_stats_fwd(x: Tensor, y: Tensor | None, stats: Partials | None) -> None:

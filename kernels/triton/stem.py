@@ -18,10 +18,10 @@ from torch import Tensor
 from ..contract import Norm, NormGrads, empty_channels_last
 from ..portable.batch_norm import affine, rows
 from . import tuning
-from .gradients import norm_sums
+from .gradients import input_gradient, two_pass_backward
 from .launch import on_device
-from .statistics import Partials, norm_vectors
-from .tile_math import affine_relu, mask_by_relu, split_pixels
+from .statistics import norm_vectors
+from .tile_math import affine_relu, mask_by_relu, split_pixels, store_tile_sums
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def stem_tail(x: Tensor, norm: Norm) -> Tensor:
 @triton.jit
 def _bn_relu_maxpool_bwd_kernel(
     x_ptr, scale_ptr, shift_ptr, mean_ptr, dout_ptr, tap_ptr, p_ptr, q_ptr, dx_ptr, part_s1_ptr, part_s2_ptr,
-    M, H, W, H_OUT, W_OUT, C, stride_xn, stride_xc, stride_xh, stride_xw,
+    M, H, W, C, H_OUT, W_OUT, stride_xn, stride_xc, stride_xh, stride_xw,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Tiles' sums of da and da * (x - mean), or with those known dx [M, C]::
@@ -115,35 +115,19 @@ def _bn_relu_maxpool_bwd_kernel(
     mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)
     da = mask_by_relu(dz, affine_relu(tile, scale, shift))
     if SUMS:
-        tl.store(part_s1_ptr + pid_m * C + offs_c, tl.sum(da, 0), mask=mask_c)
-        tl.store(part_s2_ptr + pid_m * C + offs_c, tl.sum(da * (tile - mean[None, :]), 0), mask=mask_c)
+        store_tile_sums(da, tile, mean, pid_m, part_s1_ptr, part_s2_ptr, offs_c, mask_c, C)
     else:
-        p = tl.load(p_ptr + offs_c, mask=mask_c, other=0.0)
-        q = tl.load(q_ptr + offs_c, mask=mask_c, other=0.0)
-        dx = scale[None, :] * da + (p[None, :] + q[None, :] * (tile - mean[None, :]))
+        dx = input_gradient(da, tile, scale, mean, p_ptr, q_ptr, offs_c, mask_c)
         tl.store(dx_ptr + offs_m[:, None] * C + offs_c[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @on_device
 def stem_tail_backward(grad_out: Tensor, x: Tensor, norm: Norm) -> NormGrads:
-    n, c, h, w = x.shape
+    n, c = x.shape[:2]
+    h_out, w_out = grad_out.shape[2:]
     vectors = affine(norm, torch.float32)
-    dout = rows(grad_out).contiguous()
-    taps = empty_channels_last((n, c, *grad_out.shape[2:]), torch.uint8, x.device)
+    taps = empty_channels_last((n, c, h_out, w_out), torch.uint8, x.device)
     bn_relu_maxpool_fwd(x, vectors.scale, vectors.shift, taps, argmax=True)
-    dx = empty_channels_last((n, c, h, w), x.dtype, x.device)
-    dweight, dbias = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
-    p, q = torch.zeros((2, c), dtype=torch.float32, device=x.device)
-    sums = Partials(x.device)
     config = tuning.elementwise(c, x.device, 2048)  # it gathers from four windows
-    parts = sums.begin(n * h * w, c, config.BLOCK_M)
-    for with_sums in (True, False):
-        _bn_relu_maxpool_bwd_kernel[(sums.tiles, triton.cdiv(c, config.BLOCK_C))](
-            x, vectors.scale, vectors.shift, vectors.mean, dout, taps, p, q, dx, *parts,
-            n * h * w, h, w, *grad_out.shape[2:], c, *x.stride(), SUMS=with_sums, **config.arguments(),
-        )  # fmt: skip
-        if with_sums:
-            norm_sums(
-                sums, n * h * w, vectors.scale, vectors.rstd, dweight, dbias, (p, q), batch=norm.batch_stats, add=False
-            )
-    return NormGrads(dx, dweight, dbias)
+    operands = [rows(grad_out).contiguous(), taps]
+    return two_pass_backward(_bn_relu_maxpool_bwd_kernel, x, norm, vectors, config, operands, [h_out, w_out])

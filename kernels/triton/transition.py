@@ -19,13 +19,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contract import Norm, TransitionGrads, empty_channels_last
-from ..portable.batch_norm import laid_out_as, rows
+from ..portable.batch_norm import affine, laid_out_as, rows
 from . import tuning
 from .conv1x1 import precision
 from .gradients import average_backward
 from .launch import on_device
 from .statistics import norm_vectors
 from .tile_math import affine_relu
+
+
+@triton.jit
+def _pooled(x_ptrs, stride_xh, stride_xw, mask, scale, shift):
+    """The mean of z over the 2x2 pixels whose first are at ``x_ptrs``."""
+    z = affine_relu(tl.load(x_ptrs, mask=mask, other=0.0), scale, shift)
+    z += affine_relu(tl.load(x_ptrs + stride_xw, mask=mask, other=0.0), scale, shift)
+    z += affine_relu(tl.load(x_ptrs + stride_xh, mask=mask, other=0.0), scale, shift)
+    z += affine_relu(tl.load(x_ptrs + stride_xh + stride_xw, mask=mask, other=0.0), scale, shift)
+    return z * 0.25
 
 
 @triton.jit
@@ -51,12 +61,8 @@ def _bn_relu_pool_conv1x1_fwd_kernel(
         scale = tl.load(scale_ptr + k + offs_k, mask=mask_k, other=0.0)
         shift = tl.load(shift_ptr + k + offs_k, mask=mask_k, other=0.0)
         mask = mask_m[:, None] & mask_k[None, :]
-        tiles = x_ptrs + k * stride_xc
-        z = affine_relu(tl.load(tiles, mask=mask, other=0.0), scale, shift)  # [BLOCK_M, BLOCK_K]
-        z += affine_relu(tl.load(tiles + stride_xw, mask=mask, other=0.0), scale, shift)
-        z += affine_relu(tl.load(tiles + stride_xh, mask=mask, other=0.0), scale, shift)
-        z += affine_relu(tl.load(tiles + stride_xh + stride_xw, mask=mask, other=0.0), scale, shift)
-        acc = tl.dot((z * 0.25).to(w.dtype), w, acc, input_precision=PRECISION)
+        z = _pooled(x_ptrs + k * stride_xc, stride_xh, stride_xw, mask, scale, shift)  # [BLOCK_M, BLOCK_K]
+        acc = tl.dot(z.to(w.dtype), w, acc, input_precision=PRECISION)
     mask = mask_m[:, None] & mask_n[None, :]
     tl.store(out_ptr + offs_m[:, None] * N + offs_n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -95,11 +101,8 @@ def _bn_relu_pool_fwd_kernel(
     x_ptrs = x_ptr + corner[:, None] + offs_c.to(tl.int64)[None, :] * stride_xc
     scale = tl.load(scale_ptr + offs_c, mask=mask_c, other=0.0)
     shift = tl.load(shift_ptr + offs_c, mask=mask_c, other=0.0)
-    z = affine_relu(tl.load(x_ptrs, mask=mask, other=0.0), scale, shift)
-    z += affine_relu(tl.load(x_ptrs + stride_xw, mask=mask, other=0.0), scale, shift)
-    z += affine_relu(tl.load(x_ptrs + stride_xh, mask=mask, other=0.0), scale, shift)
-    z += affine_relu(tl.load(x_ptrs + stride_xh + stride_xw, mask=mask, other=0.0), scale, shift)
-    tl.store(out_ptr + offs_m[:, None] * C + offs_c[None, :], (z * 0.25).to(out_ptr.dtype.element_ty), mask=mask)
+    z = _pooled(x_ptrs, stride_xh, stride_xw, mask, scale, shift)
+    tl.store(out_ptr + offs_m[:, None] * C + offs_c[None, :], z.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @on_device
@@ -108,15 +111,14 @@ def transition_backward(
 ) -> TransitionGrads:
     c = x.shape[1]
     windows = (x.shape[2] // 2, x.shape[3] // 2)
-    dout = rows(grad_out).to(dtype)
+    dout, vectors = rows(grad_out).to(dtype), affine(norm, torch.float32)
     dweight = weight.new_empty(0)
     if need_weight:
-        vectors = norm_vectors(norm)
         pooled = torch.empty((len(dout), c), dtype=dtype, device=x.device)
         config = tuning.elementwise(c, x.device)
         _bn_relu_pool_fwd_kernel[(triton.cdiv(len(dout), config.BLOCK_M), triton.cdiv(c, config.BLOCK_C))](
-            x, *vectors, pooled, len(dout), c, *windows, *x.stride(), **config.arguments()
+            x, vectors.scale, vectors.shift, pooled, len(dout), c, *windows, *x.stride(), **config.arguments()
         )
         dweight = laid_out_as((dout.t() @ pooled).view(weight.shape), weight)
     dpooled = dout @ weight.flatten(1).to(dtype)
-    return TransitionGrads(*average_backward(dpooled, x, norm, windows, (2, 2)), dweight)
+    return TransitionGrads(*average_backward(dpooled, x, norm, vectors, windows, (2, 2)), dweight)

@@ -44,9 +44,9 @@ class Config:
         return {name: value for name, value in asdict(self).items() if value}
 
 
-def _block(size: int, most: int, least: int = 16) -> int:
+def _block(size: int, most: int) -> int:
     """The power of two that covers ``size``, within what tensor cores take and ``most``."""
-    return max(least, min(most, triton.next_power_of_2(size)))
+    return max(16, min(most, triton.next_power_of_2(size)))
 
 
 def conv1x1_fwd(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
