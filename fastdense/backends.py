@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .kernels.cpu import library as cpu_library
 from .text import aligned
 
 REFERENCE = "reference"
@@ -63,9 +64,21 @@ def _triton() -> Backend:
     return Backend("triton", "fastdense.kernels.triton", "Triton kernels, for GPUs", ("cuda",), dtypes)
 
 
+def _cpu() -> Backend:
+    library = cpu_library.load()
+    found = not isinstance(library, str)
+    return Backend(
+        "cpu",
+        "fastdense.kernels.cpu" if found else None,
+        f"C++ kernels for x86, on {library.isa}" if found else library,
+        ("cpu",),
+        tuple(cpu_library.DTYPES),
+    )
+
+
 _REGISTRY: dict[str, Backend] = {
     "triton": _triton(),
-    "cpu": Backend("cpu", None, "this version has no C++ kernels yet", ("cpu",)),
+    "cpu": _cpu(),
     "torch": Backend("torch", "fastdense.kernels.portable", "the portable algorithm in plain PyTorch"),
 }
 """In order of preference."""

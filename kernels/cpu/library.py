@@ -1,0 +1,181 @@
+"""The compiled library: finding it, what it exports, and the instruction set it runs on.
+
+It knows nothing of Python or torch: tensors go in as pointers, torch's thread pool as a function. The structs
+mirror ``src/abi.h``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_char_p, c_double, c_int32, c_int64, c_uint64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""What the kernels compute in, and the number that C++ knows it by."""
+
+_VARIABLE = "FASTDENSE_CPU_ISA"
+"""Environment variable: no better instruction set than this one."""
+
+
+class NormArgs(Structure):
+    """``Norm`` of ``src/abi.h``."""
+
+    _fields_ = [(name, c_void_p) for name in ("weight", "bias", "mean", "var")] + [("eps", c_double)]
+
+
+class WeightArgs(Structure):
+    """``Weight`` of ``src/abi.h``."""
+
+    _fields_ = (
+        [("data", c_void_p)]
+        + [(name, c_int64) for name in ("out", "in_", "size")]
+        + [(name, c_int64) for name in ("stride_out", "stride_in", "stride_h", "stride_w")]
+        + [("dtype", c_int32)]
+    )
+
+
+class DenseBlockArgs(Structure):
+    """As in ``src/abi.h``."""
+
+    _fields_ = (
+        [(name, c_int64) for name in ("images", "height", "width")]
+        + [(name, c_int64) for name in ("input_channels", "growth_rate", "bottleneck_channels", "layers")]
+        + [("x", c_void_p), ("out", c_void_p), ("norm1", POINTER(NormArgs)), ("norm2", POINTER(NormArgs))]
+        + [("conv1", POINTER(c_void_p)), ("conv3", POINTER(c_void_p))]
+        + [(name, c_int32) for name in ("store", "compute", "norm_dtype", "threads")]
+    )
+
+
+class TransitionArgs(Structure):
+    """As in ``src/abi.h``."""
+
+    _fields_ = (
+        [(name, c_int64) for name in ("images", "height", "width", "channels", "out_channels")]
+        + [("x", c_void_p), ("out", c_void_p), ("norm", NormArgs), ("conv", c_void_p)]
+        + [(name, c_int32) for name in ("store", "compute", "norm_dtype", "threads")]
+    )
+
+
+class PoolArgs(Structure):
+    """As in ``src/abi.h``."""
+
+    _fields_ = (
+        [(name, c_int64) for name in ("images", "height", "width", "channels")]
+        + [("x", c_void_p), ("out", c_void_p), ("norm", NormArgs)]
+        + [(name, c_int32) for name in ("store", "norm_dtype", "threads")]
+    )
+
+
+class Library:
+    """The library and one of its instruction sets.
+
+    Attributes:
+        isa: the instruction set's name.
+    """
+
+    def __init__(self, library: ctypes.CDLL, kernels: int, parallel_for: c_void_p):
+        self._library, self._kernels, self._parallel_for = library, c_void_p(kernels), parallel_for
+        self.isa: str = library.fastdense_name(self._kernels).decode()
+
+    def fingerprints(self, tensors: Sequence[Tensor]) -> list[int]:
+        """A hash of each dense tensor's bytes."""
+        count = len(tensors)
+        data = (c_void_p * count)(*[t.data_ptr() for t in tensors])
+        sizes = (c_int64 * count)(*[t.nbytes for t in tensors])
+        out = (c_uint64 * count)()
+        self._check(self._library.fastdense_fingerprints(count, data, sizes, out, *self._threads()))
+        return list(out)
+
+    def pack(self, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Convolution weights [K, C, 1, 1] or [K, C, 3, 3] as the kernels read them, for results of ``dtype``."""
+        compute = DTYPES[dtype]
+        args = (WeightArgs * len(weights))()
+        packed = []
+        for arg, w in zip(args, weights, strict=True):
+            out, in_, size, _ = w.shape
+            arg.data, arg.out, arg.in_, arg.size, arg.dtype = w.data_ptr(), out, in_, size, DTYPES[w.dtype]
+            arg.stride_out, arg.stride_in, arg.stride_h, arg.stride_w = w.stride()
+            packed.append(aligned(self._library.fastdense_packed_bytes(self._kernels, ctypes.byref(arg), compute)))
+        targets = (c_void_p * len(packed))(*[p.data_ptr() for p in packed])
+        self._check(
+            self._library.fastdense_pack(self._kernels, len(packed), args, compute, targets, *self._threads())
+        )
+        return packed
+
+    def run(self, name: str, args: Structure) -> None:
+        """Call the kernel ``fastdense_<name>``."""
+        args.threads = torch.get_num_threads()  # type: ignore[attr-defined]
+        function = getattr(self._library, f"fastdense_{name}")
+        self._check(function(self._kernels, ctypes.byref(args), self._parallel_for))
+
+    def _threads(self) -> tuple[c_void_p, int]:
+        return self._parallel_for, torch.get_num_threads()
+
+    def _check(self, failed: int) -> None:
+        if failed:
+            raise MemoryError("a CPU kernel of fastdense failed, most likely for want of memory")
+
+
+def aligned(nbytes: int, alignment: int = 64) -> Tensor:
+    """Uninitialised bytes that begin on a cache line."""
+    memory = torch.empty(nbytes + alignment, dtype=torch.uint8)
+    start = -memory.data_ptr() % alignment
+    return memory[start : start + nbytes]
+
+
+@functools.cache
+def load() -> Library | str:
+    """The library on the best instruction set here, or why there is none."""
+    files = [path for path in Path(__file__).parent.glob("_library*") if path.suffix in (".so", ".pyd", ".dylib")]
+    if not files:
+        return "its C++ was not compiled: fastdense was installed without a C++ compiler"
+    try:
+        library = ctypes.CDLL(str(files[0]))
+        parallel_for = ctypes.cast(_torch_library().torch_parallel_for, c_void_p)
+    except (OSError, AttributeError) as error:
+        return f"its library cannot be loaded: {error}"
+    _declare(library)
+    by_name = {}
+    while kernels := library.fastdense_kernels(len(by_name)):
+        found = Library(library, kernels, parallel_for)
+        by_name[found.isa] = found
+    if not by_name:
+        return "it needs AVX2 and FMA, which this CPU lacks"
+    wanted = os.environ.get(_VARIABLE)
+    if not wanted:
+        return next(iter(by_name.values()))
+    return by_name.get(wanted) or f"{_VARIABLE} asks for {wanted}; this CPU offers {', '.join(by_name)}"
+
+
+def _torch_library() -> ctypes.CDLL:
+    """torch's C++ library, which the running process has loaded already."""
+    folder = Path(torch.__file__).parent / "lib"
+    names = ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll")
+    return ctypes.CDLL(str(next((folder / name for name in names if (folder / name).exists()), names[0])))
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Argument and result types, without which ctypes would cut pointers to 32 bits."""
+    library.fastdense_kernels.argtypes, library.fastdense_kernels.restype = [c_int32], c_void_p
+    library.fastdense_name.argtypes, library.fastdense_name.restype = [c_void_p], c_char_p
+    library.fastdense_packed_bytes.argtypes = [c_void_p, POINTER(WeightArgs), c_int32]
+    library.fastdense_packed_bytes.restype = c_int64
+    library.fastdense_fingerprints.argtypes = [
+        c_int64, POINTER(c_void_p), POINTER(c_int64), POINTER(c_uint64), c_void_p, c_int32
+    ]  # fmt: skip
+    library.fastdense_pack.argtypes = [
+        c_void_p, c_int64, POINTER(WeightArgs), c_int32, POINTER(c_void_p), c_void_p, c_int32
+    ]  # fmt: skip
+    for name, args in (
+        ("dense_block", DenseBlockArgs),
+        ("transition", TransitionArgs),
+        ("stem_tail", PoolArgs),
+        ("head", PoolArgs),
+    ):
+        getattr(library, f"fastdense_{name}").argtypes = [c_void_p, POINTER(args), c_void_p]

@@ -1,0 +1,93 @@
+// AVX2 with FMA and F16C: Haswell, Zen and later.
+#include "includes.h"
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+
+namespace fastdense {
+namespace avx2 {
+
+struct Isa {
+  using Vector = __m256;
+  static constexpr const char* kName = "avx2";
+  static constexpr int kLanes = 8;
+  static constexpr int kRows = 6;    // 6 x 2 accumulators, 2 of B and a broadcast: 15 of 16 registers
+  static constexpr int kPanel = 16;
+  static constexpr int kAlign = 8;
+  static constexpr int kSlackPixels = 0;
+  static constexpr bool kHasBFloat16 = false;
+
+  static Vector zero() { return _mm256_setzero_ps(); }
+  static Vector broadcast(float v) { return _mm256_set1_ps(v); }
+  static float first_lane(Vector v) { return _mm256_cvtss_f32(v); }
+  static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+  static Vector sub(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
+  static Vector mul(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
+  static Vector div(Vector a, Vector b) { return _mm256_div_ps(a, b); }
+  static Vector sqrt(Vector a) { return _mm256_sqrt_ps(a); }
+  static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+  static Vector negated_multiply_add(Vector a, Vector b, Vector c) { return _mm256_fnmadd_ps(a, b, c); }
+  static Vector relu(Vector a) { return _mm256_max_ps(zero(), a); }  // the second operand where one is NaN
+  static Vector max_keeping_nan(Vector a, Vector b) {
+    return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  }
+  static __m256i first(int64_t count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static Vector keep(Vector a, int64_t count) { return _mm256_and_ps(a, _mm256_castsi256_ps(first(count))); }
+
+  static Vector load(const float* p) { return _mm256_loadu_ps(p); }
+  static Vector load(const BFloat16* p) { return widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static Vector load(const Float16* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Vector load_part(const float* p, int64_t count) { return _mm256_maskload_ps(p, first(count)); }
+  template <class Half>
+  static Vector load_part(const Half* p, int64_t count) {
+    Half part[kLanes] = {};
+    std::memcpy(part, p, count * sizeof(Half));
+    return load(part);
+  }
+  static void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
+  static void store(BFloat16* p, Vector v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(v)); }
+  static void store(Float16* p, Vector v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_fp16(v)); }
+  static void store_part(float* p, Vector v, int64_t count) { _mm256_maskstore_ps(p, first(count), v); }
+  template <class Half>
+  static void store_part(Half* p, Vector v, int64_t count) {
+    Half part[kLanes];
+    store(part, v);
+    std::memcpy(p, part, count * sizeof(Half));
+  }
+  static Vector round(Vector v, BFloat16*) { return widen_bf16(narrow_bf16(v)); }
+  static Vector round(Vector v, Float16*) { return _mm256_cvtph_ps(narrow_fp16(v)); }
+
+  static Vector load_words(const FloatWord* p) { return _mm256_load_ps(&p->value); }
+  static Vector broadcast_word(const FloatWord* p) { return _mm256_set1_ps(p->value); }
+  static Vector multiply_words(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+
+  static __m128i narrow_fp16(Vector v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Vector widen_bf16(__m128i v) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+  }
+  static __m128i narrow_bf16(Vector v) {  // to nearest even; NaN stays NaN
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256 kept = _mm256_blendv_ps(_mm256_castsi256_ps(rounded),
+                                         _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)),
+                                         _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(kept), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  }
+};
+
+#include "kernels.h"
+}  // namespace avx2
+
+const Kernels* avx2_kernels() { return avx2::kernels(); }
+}  // namespace fastdense
+#pragma GCC pop_options
+#else
+const fastdense::Kernels* fastdense::avx2_kernels() { return nullptr; }
+#endif

@@ -1,0 +1,73 @@
+// Vectors of 16 floats: what AVX-512 (F, BW, DQ, VL) offers, with or without more on top.
+//
+// Included by the AVX-512 files, inside their namespace.
+
+struct Avx512 {
+  using Vector = __m512;
+  static constexpr int kLanes = 16;
+  static constexpr int kRows = 14;    // 14 x 2 accumulators, 2 of B and a broadcast: 31 of 32 registers
+  static constexpr int kPanel = 32;
+  static constexpr int kAlign = 16;   // channels are padded to a multiple
+  static constexpr int kSlackPixels = 0;
+  static constexpr bool kHasBFloat16 = false;
+
+  static Vector zero() { return _mm512_setzero_ps(); }
+  static Vector broadcast(float v) { return _mm512_set1_ps(v); }
+  static float first_lane(Vector v) { return _mm512_cvtss_f32(v); }
+  static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
+  static Vector sub(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
+  static Vector mul(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
+  static Vector div(Vector a, Vector b) { return _mm512_div_ps(a, b); }
+  static Vector sqrt(Vector a) { return _mm512_sqrt_ps(a); }
+  static Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+  static Vector negated_multiply_add(Vector a, Vector b, Vector c) { return _mm512_fnmadd_ps(a, b, c); }
+  static Vector relu(Vector a) { return _mm512_max_ps(zero(), a); }  // the second operand where one is NaN
+  static Vector max_keeping_nan(Vector a, Vector b) {
+    const Vector larger = _mm512_max_ps(a, b);
+    return _mm512_mask_mov_ps(larger, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+  }
+  static __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+  static Vector keep(Vector a, int64_t count) { return _mm512_maskz_mov_ps(first(count), a); }
+
+  static Vector load(const float* p) { return _mm512_loadu_ps(p); }
+  static Vector load(const BFloat16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static Vector load(const Float16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static Vector load_part(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first(count), p); }
+  static Vector load_part(const BFloat16* p, int64_t count) {
+    return widen_bf16(_mm256_maskz_loadu_epi16(first(count), p));
+  }
+  static Vector load_part(const Float16* p, int64_t count) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), p));
+  }
+  static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
+  static void store(BFloat16* p, Vector v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(v)); }
+  static void store(Float16* p, Vector v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_fp16(v)); }
+  static void store_part(float* p, Vector v, int64_t count) { _mm512_mask_storeu_ps(p, first(count), v); }
+  static void store_part(BFloat16* p, Vector v, int64_t count) {
+    _mm256_mask_storeu_epi16(p, first(count), narrow_bf16(v));
+  }
+  static void store_part(Float16* p, Vector v, int64_t count) {
+    _mm256_mask_storeu_epi16(p, first(count), narrow_fp16(v));
+  }
+  static Vector round(Vector v, BFloat16*) { return widen_bf16(narrow_bf16(v)); }
+  static Vector round(Vector v, Float16*) { return _mm512_cvtph_ps(narrow_fp16(v)); }
+
+  static Vector load_words(const FloatWord* p) { return _mm512_load_ps(&p->value); }
+  static Vector broadcast_word(const FloatWord* p) { return _mm512_set1_ps(p->value); }
+  static Vector multiply_words(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+
+  static __m256i narrow_fp16(Vector v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Vector widen_bf16(__m256i v) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+  }
+  static __m256i narrow_bf16(Vector v) {  // to nearest even; NaN stays NaN
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i kept = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q),
+                                               _mm512_set1_epi32(0x7fc00000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+  }
+};

@@ -1,0 +1,263 @@
+// A dense block at inference over one shared buffer X, [M, C_L]: see kernels/contract.py for the letters.
+//
+//   u = relu(affine2(relu(affine1(X[:, :C_l])) W1))     strips of pixels; the prologue makes z in cache
+//   X[:, C_l : C_l + k] = conv3x3(u, W2)                rows of pixels, or tiles of 2x2 (Winograd, floats)
+//
+// Images are independent: each thread takes its own through all layers while they are in its cache. Where there
+// are fewer images than threads, the threads share each image, one step of a layer after another.
+//
+// Included by each instruction set's file, inside namespace fastdense::FASTDENSE_ISA.
+
+// Scratch of one thread.
+struct Scratch {
+  Buffer z;         // prologue's output, or the input of Winograd's multiplies
+  Buffer product;   // what the multiplies make
+  static Scratch& of_this_thread() {
+    static thread_local Scratch scratch;
+    return scratch;
+  }
+};
+
+template <class Store, class Round, class Word>
+class DenseBlock {
+  using Element = typename Word::Element;
+  static constexpr int64_t kStrip = 4 * Isa::kRows;  // pixels whose prologue is made at once
+  static constexpr int64_t kDepth = 128;             // channels that one multiply sums over
+  static constexpr int64_t kTiles = 2 * Isa::kRows;  // 2x2 tiles that are transformed at once
+  static constexpr int64_t kFewPixels = 196;         // below which several images share each reading of a weight
+
+ public:
+  DenseBlock(const DenseBlockArgs& args, ParallelFor parallel_for)
+      : p_(args),
+        team_{parallel_for, args.threads},
+        pixels_(args.height * args.width),
+        channels_(args.input_channels + args.layers * args.growth_rate),
+        has_bottleneck_(args.bottleneck_channels > 0),
+        x_(static_cast<const Store*>(args.x)),
+        out_(static_cast<Store*>(args.out)) {
+    const int64_t widest = has_bottleneck_ ? p_.bottleneck_channels : channels_ - p_.growth_rate;
+    u_channels_ = padded(widest);
+    u_width_ = (kIsWinograd<Word> ? round_up(p_.width, 2) : p_.width) + 2;
+    u_height_ = (kIsWinograd<Word> ? round_up(p_.height, 2) : p_.height) + 2;
+    make_affines();
+  }
+
+  void run() {
+    const int64_t threads = std::max<int64_t>(1, team_.threads);
+    const int64_t together = p_.images / threads * threads;  // the rest is shared image by image
+    const int64_t group = std::min(std::max<int64_t>(1, kFewPixels / pixels_), std::max<int64_t>(1, p_.images / threads));
+    team_.run(together ? threads : 0, [&](int64_t begin, int64_t end) {
+      const int64_t last = together * end / threads;
+      for (int64_t image = together * begin / threads; image < last; image += group)
+        run_images(image, std::min(group, last - image), team_.alone());
+    });
+    for (int64_t image = together; image < p_.images; ++image) run_images(image, 1, team_);
+  }
+
+ private:
+  void make_affines() {
+    offsets_.resize(2 * p_.layers);
+    int64_t size = 0;
+    for (int64_t layer = 0; layer < p_.layers; ++layer) {
+      offsets_[2 * layer] = size;
+      size += 2 * padded(channels(layer));
+      offsets_[2 * layer + 1] = size;
+      size += has_bottleneck_ ? 2 * u_channels_ : 0;
+    }
+    float* const vectors = vectors_.get<float>(size);
+    for (int64_t layer = 0; layer < p_.layers; ++layer) {
+      float* first = vectors + offsets_[2 * layer];
+      const int64_t c = channels(layer);
+      affine(p_.norm1[layer], p_.norm_dtype, c, padded(c), first, first + padded(c));
+      norm1_.push_back({first, first + padded(c)});
+      if (!has_bottleneck_) continue;
+      float* second = vectors + offsets_[2 * layer + 1];
+      affine(p_.norm2[layer], p_.norm_dtype, p_.bottleneck_channels, u_channels_, second, second + u_channels_);
+      norm2_.push_back({second, second + u_channels_});
+    }
+  }
+
+  int64_t channels(int64_t layer) const { return p_.input_channels + layer * p_.growth_rate; }
+
+  void run_images(int64_t image, int64_t count, const Team& team) {
+    static thread_local Buffer bottleneck;
+    // a row of three taps may read past the last pixel, where a tile has more rows than the image
+    const int64_t size = (count * u_height_ * u_width_ + Isa::kSlackPixels) * u_channels_;
+    Element* const u = bottleneck.get<Element>(size);
+    std::memset(static_cast<void*>(u), 0, size * sizeof(Element));
+    const int64_t rows = count * pixels_;
+    copy_input(image * pixels_, rows, team);
+    for (int64_t layer = 0; layer < p_.layers; ++layer) {
+      make_u(layer, image, rows, u, team);
+      if constexpr (kIsWinograd<Word>) {
+        winograd(layer, image, count, u, team);
+      } else {
+        convolve(layer, image, count, u, team);
+      }
+    }
+  }
+
+  void copy_input(int64_t first, int64_t rows, const Team& team) {
+    const int64_t c0 = p_.input_channels;
+    team.run(rows, [&](int64_t begin, int64_t end) {
+      for (int64_t row = first + begin; row < first + end; ++row)
+        std::memcpy(static_cast<void*>(out_ + row * channels_), x_ + row * c0, c0 * sizeof(Store));
+    });
+  }
+
+  // The pixel of u where pixel `row` of an image group lies.
+  int64_t u_pixel(int64_t row) const {
+    const int64_t image = row / pixels_, y = row % pixels_ / p_.width, x = row % p_.width;
+    return (image * u_height_ + y + 1) * u_width_ + x + 1;
+  }
+
+  void make_u(int64_t layer, int64_t image, int64_t rows, Element* u, const Team& team) {
+    const int64_t strips = team.pieces(rows, kStrip);
+    team.run(strips, [&](int64_t begin, int64_t end) {
+      for (int64_t strip = begin; strip < end; ++strip) {
+        const int64_t first = rows * strip / strips, last = rows * (strip + 1) / strips;
+        if (has_bottleneck_) {
+          bottleneck_strip(layer, image * pixels_ + first, first, last - first, u);
+        } else {
+          for (int64_t row = first; row < last; ++row)
+            affine_relu_row(out_ + (image * pixels_ + row) * channels_, norm1_[layer], channels(layer), u_channels_,
+                            u + u_pixel(row) * u_channels_);
+        }
+      }
+    });
+  }
+
+  void bottleneck_strip(int64_t layer, int64_t x_row, int64_t u_row, int64_t rows, Element* u) {
+    constexpr int e = Word::kElements;
+    Scratch& scratch = Scratch::of_this_thread();
+    const int64_t c = channels(layer), k = padded(c), columns = round_up(p_.bottleneck_channels, Isa::kLanes);
+    Element* const z = scratch.z.get<Element>(round_up(rows, Isa::kRows) * kDepth);
+    float* const h = scratch.product.get<float>(round_up(rows, Isa::kRows) * columns);
+    const auto* w = static_cast<const Word*>(p_.conv1[layer]);
+    for (int64_t start = 0; start < k; start += kDepth) {
+      const int64_t depth = std::min(kDepth, k - start);
+      const Affine norm{norm1_[layer].scale + start, norm1_[layer].shift + start};
+      for (int64_t row = 0; row < rows; ++row)
+        affine_relu_row(out_ + (x_row + row) * channels_ + start, norm, std::min(depth, c - start), depth,
+                        z + row * depth);
+      gemm<Word>({reinterpret_cast<const Word*>(z), depth / e, rows}, {w, k / e, columns, start / e, depth / e}, h,
+                 start > 0);
+    }
+    for (int64_t row = 0; row < rows; ++row)
+      affine_relu_row(h + row * columns, norm2_[layer], columns, u_channels_,
+                      u + u_pixel(u_row + row) * u_channels_);
+  }
+
+  void convolve(int64_t layer, int64_t image, int64_t count, const Element* u, const Team& team) {
+    constexpr int e = Word::kElements;
+    const int64_t k = u_layer_channels(layer) / e, columns = round_up(p_.growth_rate, Isa::kLanes);
+    const int64_t pixel = u_channels_ / e;  // in words
+    const auto* w = static_cast<const Word*>(p_.conv3[layer]);
+    team.run(count * p_.height, [&](int64_t begin, int64_t end) {
+      float* const y = Scratch::of_this_thread().product.get<float>(round_up(p_.width, Isa::kRows) * columns);
+      for (int64_t row = begin; row < end; ++row) {
+        const auto* top = reinterpret_cast<const Word*>(u) +
+                          (row / p_.height * u_height_ + row % p_.height) * u_width_ * pixel;
+        for (int64_t dy = 0; dy < 3; ++dy)
+          gemm<Word>({top + dy * u_width_ * pixel, pixel, p_.width, 3, pixel},
+                     {w + dy * 3 * k * columns, 3 * k, columns, 0, k}, y, dy > 0);
+        Store* const target = out_ + (image * pixels_ + row * p_.width) * channels_ + channels(layer);
+        for (int64_t x = 0; x < p_.width; ++x)
+          store_row<Round>(y + x * columns, p_.growth_rate, target + x * channels_);
+      }
+    });
+  }
+
+  // F(2x2, 3x3): Y = A^T [ (G w G^T) * (B^T u B) ] A, with the product a matrix multiply for each of 16 places.
+  void winograd(int64_t layer, int64_t image, int64_t count, const float* u, const Team& team) {
+    const int64_t across = ceil_div(p_.width, 2), down = ceil_div(p_.height, 2);
+    const int64_t bands = count * down;  // rows of tiles
+    const int64_t pieces = team.pieces(bands, std::max<int64_t>(1, kTiles / across));
+    const int64_t most = ceil_div(bands, pieces) * across;
+    const int64_t c = u_layer_channels(layer), columns = round_up(p_.growth_rate, Isa::kLanes);
+    const auto* w = static_cast<const FloatWord*>(p_.conv3[layer]);
+    team.run(pieces, [&](int64_t begin, int64_t end) {
+      Scratch& scratch = Scratch::of_this_thread();
+      const int64_t v_step = most * c + Isa::kLanes, m_step = most * columns + Isa::kLanes;
+      float* const v = scratch.z.get<float>(16 * v_step);
+      float* const m = scratch.product.get<float>(16 * m_step);
+      for (int64_t piece = begin; piece < end; ++piece) {
+        const int64_t first = bands * piece / pieces, last = bands * (piece + 1) / pieces;
+        const int64_t tiles = (last - first) * across;
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t band = first + tile / across;
+          const int64_t pixel = (band / down * u_height_ + band % down * 2) * u_width_ + tile % across * 2;
+          transform_input(u + pixel * u_channels_, c, v + tile * c, v_step);
+        }
+        for (int64_t i = 0; i < 16; ++i)
+          gemm<FloatWord>({reinterpret_cast<const FloatWord*>(v + i * v_step), c, tiles},
+                          {w + i * c * columns, c, columns, 0, c}, m + i * m_step, false);
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t band = first + tile / across;
+          transform_output(m + tile * columns, m_step, layer, image + band / down, band % down * 2, tile % across * 2);
+        }
+      }
+    });
+  }
+
+  // V = B^T d B of one 4x4 tile: place i of channel c at v[i * v_step + c].
+  void transform_input(const float* d, int64_t channels, float* v, int64_t v_step) const {
+    for (int64_t c = 0; c < channels; c += Isa::kLanes) {
+      Vector t[4][4];
+#pragma GCC unroll 4
+      for (int x = 0; x < 4; ++x) {
+        const auto at = [&](int y) { return Isa::load(d + (y * u_width_ + x) * u_channels_ + c); };
+        const Vector d0 = at(0), d1 = at(1), d2 = at(2), d3 = at(3);
+        t[0][x] = Isa::sub(d0, d2);
+        t[1][x] = Isa::add(d1, d2);
+        t[2][x] = Isa::sub(d2, d1);
+        t[3][x] = Isa::sub(d1, d3);
+      }
+#pragma GCC unroll 4
+      for (int y = 0; y < 4; ++y) {
+        float* const target = v + c + 4 * y * v_step;
+        Isa::store(target, Isa::sub(t[y][0], t[y][2]));
+        Isa::store(target + v_step, Isa::add(t[y][1], t[y][2]));
+        Isa::store(target + 2 * v_step, Isa::sub(t[y][2], t[y][1]));
+        Isa::store(target + 3 * v_step, Isa::sub(t[y][1], t[y][3]));
+      }
+    }
+  }
+
+  // Y = A^T m A of one tile, into the 2x2 pixels at (y, x) of an image, as far as they exist.
+  void transform_output(const float* m, int64_t m_step, int64_t layer, int64_t image, int64_t y, int64_t x) {
+    Store* const target = out_ + (image * pixels_ + y * p_.width + x) * channels_ + channels(layer);
+    const bool right = x + 1 < p_.width, below = y + 1 < p_.height;
+    for (int64_t c = 0; c < p_.growth_rate; c += Isa::kLanes) {
+      Vector t[2][4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const auto at = [&](int row) { return Isa::load(m + (4 * row + i) * m_step + c); };
+        const Vector m1 = at(1), m2 = at(2);
+        t[0][i] = Isa::add(at(0), Isa::add(m1, m2));
+        t[1][i] = Isa::sub(Isa::sub(m1, m2), at(3));
+      }
+      alignas(kCacheLine) float y_row[2][Isa::kLanes];
+      const int64_t count = std::min<int64_t>(Isa::kLanes, p_.growth_rate - c);
+      for (int row = 0; row < 1 + below; ++row) {
+        Isa::store(y_row[0], Isa::add(t[row][0], Isa::add(t[row][1], t[row][2])));
+        Isa::store(y_row[1], Isa::sub(Isa::sub(t[row][1], t[row][2]), t[row][3]));
+        for (int column = 0; column < 1 + right; ++column)
+          store_row<Round>(y_row[column], count, target + (row * p_.width + column) * channels_ + c);
+      }
+    }
+  }
+
+  int64_t u_layer_channels(int64_t layer) const { return has_bottleneck_ ? u_channels_ : padded(channels(layer)); }
+
+  const DenseBlockArgs& p_;
+  const Team team_;
+  const int64_t pixels_, channels_;
+  const bool has_bottleneck_;
+  const Store* const x_;
+  Store* const out_;
+  int64_t u_channels_, u_width_, u_height_;
+  Buffer vectors_;
+  std::vector<int64_t> offsets_;
+  std::vector<Affine> norm1_, norm2_;
+};

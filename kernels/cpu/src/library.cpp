@@ -1,0 +1,128 @@
+// What Python calls: which instruction sets this CPU has, and their kernels; fingerprints of weights.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "abi.h"
+#include "team.h"
+
+#if defined(_WIN32)
+#define FASTDENSE_EXPORT extern "C" __declspec(dllexport)
+#else
+#define FASTDENSE_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace fastdense {
+namespace {
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#else
+bool has_avx2() { return false; }
+bool has_avx512() { return false; }
+bool has_avx512_bf16() { return false; }
+#endif
+
+struct Candidate {
+  bool (*supported)();
+  const Kernels* (*kernels)();
+};
+
+constexpr Candidate kCandidates[] = {  // best first
+    {has_avx512_bf16, avx512_bf16_kernels},
+    {has_avx512, avx512_kernels},
+    {has_avx2, avx2_kernels},
+};
+constexpr int kCount = sizeof(kCandidates) / sizeof(kCandidates[0]);
+
+// A hash of every byte: lanes of x -> (x ^ word) * odd, high bits folded into low ones. Each step is a bijection
+// of the state and of the word, so a change of one word is never missed, and any other with chance 2^-32 a lane.
+uint64_t fingerprint(const void* data, int64_t bytes) {
+  constexpr int kLanes = 64;
+  uint32_t state[kLanes];
+  for (int i = 0; i < kLanes; ++i) state[i] = 0x9e3779b9u * (i + 1);
+  const auto* p = static_cast<const unsigned char*>(data);
+  for (; bytes > 0; bytes -= sizeof(state), p += sizeof(state)) {
+    uint32_t words[kLanes] = {};
+    std::memcpy(words, p, std::min<int64_t>(bytes, sizeof(words)));
+    for (int i = 0; i < kLanes; ++i) {
+      const uint32_t mixed = (state[i] ^ words[i]) * 0x85ebca6bu;
+      state[i] = mixed ^ (mixed >> 15);
+    }
+  }
+  uint64_t sum = 0;
+  for (const uint32_t lane : state) sum = (sum ^ lane) * 0x9ddfea08eb382d69ull, sum ^= sum >> 29;
+  return sum;
+}
+
+// 0, or 1 after a failure: no exception crosses into Python.
+template <class F>
+int32_t guarded(const F& f) {
+  try {
+    f();
+    return 0;
+  } catch (...) {
+    return 1;
+  }
+}
+
+}  // namespace
+}  // namespace fastdense
+
+using namespace fastdense;
+
+// The i-th best instruction set of those built in that this CPU has, or null.
+FASTDENSE_EXPORT const Kernels* fastdense_kernels(int32_t i) {
+  for (const Candidate& candidate : kCandidates)
+    if (candidate.supported() && candidate.kernels() != nullptr && i-- == 0) return candidate.kernels();
+  return nullptr;
+}
+
+FASTDENSE_EXPORT const char* fastdense_name(const Kernels* kernels) { return kernels->name; }
+
+FASTDENSE_EXPORT int32_t fastdense_fingerprints(int64_t count, const void* const* data, const int64_t* bytes,
+                                                uint64_t* out, ParallelFor parallel_for, int32_t threads) {
+  return guarded([&] {
+    Team{parallel_for, threads}.run(count, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) out[i] = fingerprint(data[i], bytes[i]);
+    });
+  });
+}
+
+FASTDENSE_EXPORT int64_t fastdense_packed_bytes(const Kernels* kernels, const Weight* weight, int32_t compute) {
+  return kernels->packed_bytes(*weight, compute);
+}
+
+FASTDENSE_EXPORT int32_t fastdense_pack(const Kernels* kernels, int64_t count, const Weight* weights, int32_t compute,
+                                        void* const* packed, ParallelFor parallel_for, int32_t threads) {
+  return guarded([&] {
+    Team{parallel_for, threads}.run(count, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) kernels->pack(weights[i], compute, packed[i]);
+    });
+  });
+}
+
+FASTDENSE_EXPORT int32_t fastdense_dense_block(const Kernels* kernels, const DenseBlockArgs* args,
+                                               ParallelFor parallel_for) {
+  return guarded([&] { kernels->dense_block(*args, parallel_for); });
+}
+
+FASTDENSE_EXPORT int32_t fastdense_transition(const Kernels* kernels, const TransitionArgs* args,
+                                              ParallelFor parallel_for) {
+  return guarded([&] { kernels->transition(*args, parallel_for); });
+}
+
+FASTDENSE_EXPORT int32_t fastdense_stem_tail(const Kernels* kernels, const PoolArgs* args, ParallelFor parallel_for) {
+  return guarded([&] { kernels->stem_tail(*args, parallel_for); });
+}
+
+FASTDENSE_EXPORT int32_t fastdense_head(const Kernels* kernels, const PoolArgs* args, ParallelFor parallel_for) {
+  return guarded([&] { kernels->head(*args, parallel_for); });
+}
