@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 
-.PHONY: help install bench plots kernel-report gpu-check tune test lint format clean
+.PHONY: help install bench bench-peers plots kernel-report gpu-check tune test lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -18,6 +19,13 @@ $(INSTALLED): pyproject.toml setup.py
 
 bench: $(INSTALLED)  ## fast against naive: parity, speed, memory, plots (about five minutes)
 	$(BIN)/fastdense bench
+
+$(PEERS): $(INSTALLED)
+	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -e '.[peers]'
+	touch $@
+
+bench-peers: $(PEERS)  ## inference on this CPU beside eager, torch.compile, OpenVINO, ONNX Runtime (about ten minutes)
+	$(BIN)/python -m fastdense.benchmarks.peers
 
 plots: $(INSTALLED)  ## draw the plots again from the saved results
 	$(BIN)/python -m fastdense.benchmarks.plots

@@ -1,11 +1,40 @@
-"""Packages live in two top-level folders; everything else is in pyproject.toml."""
+"""Packages live in two top-level folders, and the CPU kernels are compiled; everything else is in pyproject.toml.
 
-from setuptools import setup
+The kernels' library needs no header of Python or torch: one binary serves all their versions. Each instruction
+set's file says itself what it is compiled for, so the binary runs on any x86-64. Without a compiler the package
+installs all the same, and runs its portable algorithm.
+"""
+
+import platform
+import sys
+
+from setuptools import Extension, setup
+
+COMPILE = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-Wno-maybe-uninitialized"]
+SOURCES = ("library", "avx2", "avx512", "avx512_bf16")
+HEADERS = (
+    "abi", "avx512_vectors", "dense_block", "elements", "gemm", "includes", "kernels", "memory", "norm", "pack",
+    "pointwise", "team",
+)  # fmt: skip
+
+cpu_library = Extension(
+    "fastdense.kernels.cpu._library",
+    sources=[f"kernels/cpu/src/{name}.cpp" for name in SOURCES],
+    depends=[f"kernels/cpu/src/{name}.h" for name in HEADERS],
+    extra_compile_args=COMPILE,
+    language="c++",
+    py_limited_api=True,
+    optional=True,
+)
+
+
+has_kernels = sys.platform != "win32" and platform.machine() in ("x86_64", "AMD64")
 
 setup(
     packages=[
         "fastdense",
         "fastdense.kernels",
+        "fastdense.kernels.cpu",
         "fastdense.kernels.portable",
         "fastdense.kernels.triton",
         "fastdense.benchmarks",
@@ -13,9 +42,12 @@ setup(
     package_dir={
         "fastdense": "fastdense",
         "fastdense.kernels": "kernels",
+        "fastdense.kernels.cpu": "kernels/cpu",
         "fastdense.kernels.portable": "kernels/portable",
         "fastdense.kernels.triton": "kernels/triton",
         "fastdense.benchmarks": "benchmarks",
     },
     package_data={"fastdense": ["py.typed"], "fastdense.kernels": ["tuned/*.json"]},
+    ext_modules=[cpu_library] if has_kernels else [],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if has_kernels else {},
 )

@@ -9,8 +9,6 @@ A case is timed only if its contenders compute the same, within the budgets of :
 
 from __future__ import annotations
 
-import gc
-import statistics
 from collections.abc import Iterator
 from itertools import takewhile
 from time import perf_counter
@@ -21,10 +19,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from fastdense import parity
 
-from . import cases
+from . import cases, rounds
 from .cases import FAST, NAIVE, SpeedCase
-
-_ROUNDS = range(5, 200)
 
 
 def test_speed(case: SpeedCase, benchmark: BenchmarkFixture) -> None:
@@ -51,11 +47,10 @@ def test_speed(case: SpeedCase, benchmark: BenchmarkFixture) -> None:
     for name in workloads:
         clock(name)
         del times[name][:]
-    rounds = int(case.seconds / (perf_counter() - start))
-    rounds = min(max(rounds, _ROUNDS.start), _ROUNDS.stop)
+    count = rounds.how_many(case.seconds, perf_counter() - start)
 
-    turns = _turns(list(workloads), rounds)
-    benchmark.pedantic(workloads[FAST.name].run, setup=clock_those_before_fast, rounds=rounds)
+    turns = rounds.turns(list(workloads), count)
+    benchmark.pedantic(workloads[FAST.name].run, setup=clock_those_before_fast, rounds=count)
     for name in turns:
         clock(name)
     assert benchmark.stats is not None, "pytest-benchmark is disabled"
@@ -66,18 +61,8 @@ def test_speed(case: SpeedCase, benchmark: BenchmarkFixture) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_garbage_collection() -> Iterator[None]:
-    """It would hit one contender and not the next."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
-def _turns(names: list[str], rounds: int) -> Iterator[str]:
-    """Round after round, each beginning one contender later."""
-    for i in range(rounds):
-        first = i % len(names)
-        yield from names[first:] + names[:first]
+    with rounds.no_garbage_collection():
+        yield
 
 
 def _row(case: SpeedCase, name: str, times: dict[str, list[float]]) -> dict[str, Any]:
@@ -92,15 +77,10 @@ def _row(case: SpeedCase, name: str, times: dict[str, list[float]]) -> dict[str,
         "dtype": case.dtype_name,
         "contender": name,
         "rounds": len(seconds),
-        **_spread("ms", [1000 * s for s in seconds]),
-        **_spread("speedup", speedups),
+        **rounds.spread("ms", [1000 * s for s in seconds]),
+        **rounds.spread("speedup", speedups),
         "all_ms": [round(1000 * s, 4) for s in seconds],
     }
-
-
-def _spread(what: str, values: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {what: median, f"{what}_q1": low, f"{what}_q3": high}
 
 
 def _parity_row(case: SpeedCase, errors: list[parity.Row]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from matplotlib.patches import Patch
 
 from .cases import FAST, FAST_RECOMPUTING, MODES, NAIVE, NAIVE_CONTIGUOUS, NAIVE_RECOMPUTING
 from .results import default_folder, device_slug, latest, load
+from .runtimes import CHANNELS_LAST, COMPILE, EAGER, FASTDENSE, ONNXRUNTIME, OPENVINO, RUNTIMES
 
 Row = dict[str, Any]
 
@@ -30,6 +31,12 @@ _COLOURS = {  # of Okabe and Ito, told apart by colour-blind readers too
     NAIVE_RECOMPUTING.name: "#E69F00",
     FAST.name: "#0072B2",
     FAST_RECOMPUTING.name: "#56B4E9",
+    EAGER.name: "#999999",
+    CHANNELS_LAST.name: "#D55E00",
+    COMPILE.name: "#E69F00",
+    OPENVINO.name: "#009E73",
+    ONNXRUNTIME.name: "#CC79A7",
+    FASTDENSE.name: "#0072B2",
 }
 _LABELS = {
     NAIVE_CONTIGUOUS.name: "naive concatenation, contiguous",
@@ -37,6 +44,12 @@ _LABELS = {
     NAIVE_RECOMPUTING.name: "naive, memory_efficient",
     FAST.name: "fastdense",
     FAST_RECOMPUTING.name: "fastdense, memory_efficient",
+    EAGER.name: "PyTorch, contiguous",
+    CHANNELS_LAST.name: "PyTorch, channels-last",
+    COMPILE.name: "torch.compile",
+    OPENVINO.name: "OpenVINO",
+    ONNXRUNTIME.name: "ONNX Runtime",
+    FASTDENSE.name: "fastdense",
 }
 _INK = "#333333"
 
@@ -93,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _figures(results: Row) -> Iterator[tuple[str, Figure]]:
+    if "peers" in results:
+        yield "peers", _peers(results["peers"], results["environment"])
+        return
     for dtype in dict.fromkeys(row["dtype"] for row in results["speed"]):
         rows = [row for row in results["speed"] if row["dtype"] == dtype]
         yield f"speed-{dtype}", _speed(rows, dtype, results["environment"])
@@ -135,6 +151,40 @@ def _speed(rows: list[Row], dtype: str, environment: Row) -> Figure:
     panels[0].set_yticks(range(len(groups)), [f"{subject}\nbatch {batch}" for subject, batch in groups])
     panels[0].invert_yaxis()
     _legend(figure, contenders, "medians of interleaved rounds; whiskers: quartiles")
+    return figure
+
+
+# -- peers ----------------------------------------------------------------------------------------------------
+
+
+def _peers(rows: list[Row], environment: Row) -> Figure:
+    """A panel a dtype, a group of bars a network and batch; a contender that did not run says why."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    groups = list(dict.fromkeys((row["title"], row["batch"]) for row in rows))
+    contenders = [runtime.name for runtime in RUNTIMES]
+    figure = _figure(14, 2.2 + 1.4 * len(groups), "Inference beside its peers: shorter is better", environment)
+    for axes, dtype in zip(figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0], dtypes, strict=True):
+        axes.set_title(dtype)
+        for place, (network, batch) in enumerate(groups):
+            for i, contender in enumerate(contenders):
+                height = place + 0.14 * (i - (len(contenders) - 1) / 2)
+                row = _pick(rows, title=network, batch=batch, dtype=dtype, contender=contender)
+                if row is None:
+                    continue
+                if row["note"] is not None:
+                    _annotate(axes, f"{_LABELS[contender]}: {row['note']}"[:60], 0, height, contender)
+                    continue
+                low, middle, high = (row[key] / batch for key in ("ms_q1", "ms", "ms_q3"))
+                axes.barh(height, middle, 0.125, color=_COLOURS[contender])
+                axes.errorbar(middle, height, xerr=[[middle - low], [high - middle]], color=_INK, lw=1, capsize=2)
+                factor = "" if contender == FASTDENSE.name else f"  ({row['ratio']:.2f}x)"
+                _annotate(axes, f"{_number(middle)} ms{factor}", high, height, contender)
+        axes.set_xlim(0, 1.25 * axes.get_xlim()[1])
+        axes.set_xlabel("ms per image")
+        axes.grid(axis="y", visible=False)
+    axes.set_yticks(range(len(groups)), [f"{network}\nbatch {batch}" for network, batch in groups])
+    axes.invert_yaxis()
+    _legend(figure, contenders, "medians and quartiles; in brackets: time over fastdense's")
     return figure
 
 
@@ -357,7 +407,7 @@ def _legend(figure: Figure, contenders: list[str], note: str) -> None:
 
 def _annotate(axes: Axes, text: str, x: float, y: float, contender: str) -> None:
     """A label right of a bar's end."""
-    weight = "bold" if contender in (FAST.name, FAST_RECOMPUTING.name) else "normal"
+    weight = "bold" if contender in (FAST.name, FAST_RECOMPUTING.name, FASTDENSE.name) else "normal"
     axes.annotate(
         text, (x, y), (5, 0), textcoords="offset points", va="center", fontsize=8.5, fontweight=weight
     )  # fmt: skip

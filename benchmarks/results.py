@@ -18,8 +18,8 @@ import fastdense
 _HERE = Path(__file__).parent
 _DATE = "%Y%m%dT%H%M%SZ"
 
-PARTS = ("parity", "speed", "memory", "growth", "training")
-"""What a file holds besides ``suite`` and ``environment``."""
+PARTS = ("suite", "parity", "speed", "memory", "growth", "training")
+"""What a file of ``fastdense bench`` holds besides ``environment``; one of ``make bench-peers`` holds ``peers``."""
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -32,6 +32,7 @@ def environment(device: str) -> dict[str, Any]:
         "device_type": "cuda" if gpu else device,
         "cpu": _cpu(),
         "isa": torch.backends.cpu.get_cpu_capability(),
+        "bf16_isa": [flag for flag in ("avx512_bf16", "amx_bf16") if flag in _cpuinfo("flags").split()],
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if gpu else None,
         "cudnn": torch.backends.cudnn.version() if gpu else None,
@@ -39,6 +40,8 @@ def environment(device: str) -> dict[str, Any]:
         "fastdense": fastdense.__version__,
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "openvino": _version("openvino"),
+        "onnxruntime": _version("onnxruntime"),
         "python": platform.python_version(),
         "system": platform.platform(),
     }
@@ -51,8 +54,12 @@ def default_folder() -> Path:
 
 def save(results: dict[str, Any], folder: Path) -> Path:
     """Write one run; the name ends in its date."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{device_slug(results)}-{results['environment']['date']}.json"
+    return write(results, folder / f"{device_slug(results)}-{results['environment']['date']}.json")
+
+
+def write(results: dict[str, Any], path: Path) -> Path:
+    """Write one run to a file of that name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     return path
 
@@ -65,7 +72,8 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         results = json.loads(path.read_text())
-        missing = [part for part in ("suite", "environment", *PARTS) if part not in results]
+        parts = ("peers",) if "peers" in results else PARTS
+        missing = [part for part in ("environment", *parts) if part not in results]
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise ValueError(f"{path} is not a file of benchmark results: {error}") from None
     if missing:
@@ -92,12 +100,17 @@ def device_slug(results: dict[str, Any]) -> str:
 
 def _cpu() -> str:
     """The CPU's name."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(key: str) -> str:
+    """What Linux says of the first CPU; empty where nothing."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
+            if line.startswith(key):
                 return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return ""
 
 
 def _is_checkout() -> bool:

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     suite, device = SUITES[options.suite], options.device
     dtypes = (options.dtype,) if options.dtype else default_dtypes(device)
     results: dict[str, Any] = {"suite": options.suite, "environment": results_module.environment(device)}
-    with _Steps(_expected_seconds(suite, device, dtypes)) as steps:
+    with Steps(_expected_seconds(suite, device, dtypes)) as steps:
         report, passed = _time_cases(options, steps)
         results["parity"] = _unique(row["extra_info"]["parity"] for row in report)
         results["speed"] = [speed for row in report for speed in row["extra_info"]["rows"]]
@@ -97,7 +97,7 @@ def _expected_seconds(suite: Suite, device: str, dtypes: tuple[str, ...]) -> flo
     return speed + _MEASURING * measured + _EPOCH * suite.epochs + _DRAWING
 
 
-def _time_cases(options: argparse.Namespace, steps: _Steps) -> tuple[list[Row], bool]:
+def _time_cases(options: argparse.Namespace, steps: Steps) -> tuple[list[Row], bool]:
     """pytest-benchmark's report of ``bench_speed.py``, and whether every case passed."""
     import pytest
 
@@ -129,7 +129,7 @@ def _time_cases(options: argparse.Namespace, steps: _Steps) -> tuple[list[Row], 
         return timed, code == pytest.ExitCode.OK
 
 
-def _measure_memory(suite: Suite, device: str, dtypes: tuple[str, ...], meter: Meter, steps: _Steps) -> list[Row]:
+def _measure_memory(suite: Suite, device: str, dtypes: tuple[str, ...], meter: Meter, steps: Steps) -> list[Row]:
     rows = []
     for case in suite.memory_cases(device, dtypes):
         steps.begin(f"memory: {case}", _MEASURING)
@@ -137,7 +137,7 @@ def _measure_memory(suite: Suite, device: str, dtypes: tuple[str, ...], meter: M
     return rows
 
 
-def _measure_growth(suite: Suite, device: str, dtype: str, meter: Meter, steps: _Steps) -> list[Row]:
+def _measure_growth(suite: Suite, device: str, dtype: str, meter: Meter, steps: Steps) -> list[Row]:
     rows = []
     for variable, value, case in suite.growth_cases(device, dtype):
         steps.begin(f"growth with {variable}: {value}, {case.contender.name}", _MEASURING)
@@ -158,7 +158,7 @@ def _memory_row(case: MemoryCase, meter: Meter) -> Row:
     }
 
 
-def _train(suite: Suite, device: str, steps: _Steps) -> Row:
+def _train(suite: Suite, device: str, steps: Steps) -> Row:
     steps.begin("training on handwritten digits", 0)
     share = _EPOCH * suite.epochs / training.steps(suite.epochs)
     return training.compare(suite.epochs, device, on_step=lambda: steps.advance(share))
@@ -171,7 +171,7 @@ def _unique(rows: Any) -> list[Row]:
 # -- showing --------------------------------------------------------------------------------------------------
 
 
-class _Steps:
+class Steps:
     """What is being measured and the time left, on stderr: a bar on a terminal, a line a step elsewhere."""
 
     def __init__(self, seconds: float) -> None:
@@ -191,7 +191,7 @@ class _Steps:
         self._console, self._total = console, seconds
         self._done = self._current = 0.0
 
-    def __enter__(self) -> _Steps:
+    def __enter__(self) -> Steps:
         self._bar.start()
         self._task = self._bar.add_task("", total=self._total)
         return self
@@ -242,7 +242,9 @@ def show(results: Row, paths: Sequence[Path]) -> None:
 
 
 def _parity_table(results: Row) -> Table:
-    table = _table("Parity with naive, before timing: output, every gradient, running statistics", "subject", "dtype")
+    table = empty_table(
+        "Parity with naive, before timing: output, every gradient, running statistics", "subject", "dtype"
+    )
     for column in ("tensors", "worst use of its budget"):
         table.add_column(column, justify="right")
     table.add_column("of")
@@ -253,7 +255,7 @@ def _parity_table(results: Row) -> Table:
 
 
 def _speed_table(results: Row) -> Table:
-    table = _table("Time, ms: medians of interleaved rounds", "subject", "mode")
+    table = empty_table("Time, ms: medians of interleaved rounds", "subject", "mode")
     for column in ("rounds", *(contender.name for contender in SPEED_CONTENDERS), "fast over naive", "quartiles"):
         table.add_column(column, justify="right")
     for _, subject in groupby(results["speed"], key=lambda row: [row[key] for key in ("title", "batch", "dtype")]):
@@ -274,7 +276,7 @@ def _speed_table(results: Row) -> Table:
 
 
 def _memory_table(results: Row) -> Table:
-    table = _table("Memory of training, MB", "network", "batch", "dtype", "contender")
+    table = empty_table("Memory of training, MB", "network", "batch", "dtype", "contender")
     for column in ("saved per image", "less", "peak of a step", "less"):
         table.add_column(column, justify="right")
     for _, group in groupby(results["memory"], key=lambda row: [row[key] for key in ("title", "batch", "dtype")]):
@@ -298,7 +300,7 @@ def _bytes_and_factor(value: int | None, naive: int | None, images: int) -> tupl
 
 
 def _growth_table(results: Row) -> Table:
-    table = _table("Growth of the peak of a training step, MB", "with", "from", "to", "contender")
+    table = empty_table("Growth of the peak of a training step, MB", "with", "from", "to", "contender")
     for column in ("first", "last", "grows"):
         table.add_column(column, justify="right")
     for (variable, contender), group in groupby(
@@ -313,7 +315,8 @@ def _growth_table(results: Row) -> Table:
     return table
 
 
-def _table(title: str, *columns: str) -> Table:
+def empty_table(title: str, *columns: str) -> Table:
+    """An empty one in the style of the reports."""
     return Table(*columns, title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
 
 

@@ -84,8 +84,9 @@ class FastDenseBlock(reference.DenseBlock):
         """The layers' parameters, and the dropout masks in the order and layout of the reference."""
         layers = self._layers()
         first = layers[0]
-        norms1 = [layer.norm1 for layer in layers]
-        norms2 = [layer.norm2 for layer in layers if layer.has_bottleneck]
+        parts = [cast(dict[str, Any], layer._modules) for layer in layers]
+        norms1 = [part["norm1"] for part in parts]
+        norms2 = [part["norm2"] for part in parts] if first.has_bottleneck else []
         bottleneck_mask, growth_mask = [], []
         if first.drop_rate > 0 and first.training:
             for layer in layers:
@@ -94,9 +95,9 @@ class FastDenseBlock(reference.DenseBlock):
                 growth_mask.append(_dropout_mask(x, layer.growth_conv, layer.drop_rate, channels_last))
         return DenseLayers(
             *_norm_lists(norms1, x),
-            [layer.conv1.weight for layer in layers],
+            [part["conv1"]._parameters["weight"] for part in parts],
             *_norm_lists(norms2, x),
-            [layer.conv2.weight for layer in layers if layer.has_bottleneck],
+            [part["conv2"]._parameters["weight"] for part in parts] if first.has_bottleneck else [],
             bottleneck_mask,
             growth_mask,
             [_uses_batch_stats(norm) for norm in norms1],
@@ -211,12 +212,17 @@ def _is_transformed() -> bool:
 
 def hooked(module: nn.Module) -> str | None:
     """What would be bypassed if the module's forward were not called through ``__call__``."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks):
+    state = module.__dict__  # nn.Module's own attribute lookup is slow, and a network has hundreds of modules
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
         return "it has hooks"
-    if "forward" in module.__dict__:
+    if "forward" in state:
         return "its forward was replaced"
-    if module._compiled_call_impl is not None:
+    if state.get("_compiled_call_impl") is not None:
         return "it is compiled by itself"
     return "modules have global hooks" if _global_hooks() else None
 
@@ -225,8 +231,8 @@ def _obstacle_in(module: nn.Module, parts: Sequence[str]) -> str | None:
     """Why ``module`` is not exactly the stock modules ``parts`` one after the other, or ``None``."""
     if list(module._modules) != list(parts):
         return f"its children are {', '.join(module._modules)} instead of {', '.join(parts)}"
-    for name, child in module.named_children():
-        reason = _unusual(child)
+    for name, child in module._modules.items():
+        reason = _unusual(cast(nn.Module, child))
         if reason:
             return f"{name}: {reason}"
     return None
@@ -237,14 +243,15 @@ def _unusual(module: nn.Module) -> str | None:
     kind = type(module)
     if kind not in _STOCK:
         return f"it is a {kind.__name__}"
+    state = module.__dict__
     for attribute, expected in _STOCK[kind].items():
-        value = getattr(module, attribute)
-        if isinstance(value, Tensor):
-            return f"it has a {attribute}"
-        if value not in expected:
-            return f"its {attribute} is {value}"
-    if isinstance(module, nn.Conv2d) and module.padding[0] != module.kernel_size[0] // 2:
-        return f"its padding is {module.padding}"
+        if state[attribute] not in expected:
+            return f"its {attribute} is {state[attribute]}"
+    if kind is nn.Conv2d:
+        if state["padding"][0] != state["kernel_size"][0] // 2:
+            return f"its padding is {state['padding']}"
+        if state["_parameters"]["bias"] is not None:
+            return "it has a bias"
     return hooked(module)
 
 
@@ -258,7 +265,6 @@ _STOCK: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
         padding=((0, 0), (1, 1)),
         dilation=((1, 1),),
         groups=(1,),
-        bias=(None,),
         padding_mode=("zeros",),
     ),
     nn.AvgPool2d: dict(
@@ -322,13 +328,15 @@ def _dropout_mask(x: Tensor, conv: nn.Conv2d, drop_rate: float, channels_last: b
 
 
 def _uses_batch_stats(norm: nn.BatchNorm2d) -> bool:
-    return norm.training or norm.running_mean is None
+    return norm.training or norm._buffers["running_mean"] is None
 
 
 def _affine(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
-    if norm.weight is None:
+    parameters = norm._parameters
+    weight, bias = parameters["weight"], parameters["bias"]
+    if weight is None or bias is None:
         return x.new_ones(norm.num_features), x.new_zeros(norm.num_features)
-    return norm.weight, norm.bias
+    return weight, bias
 
 
 def _norm_lists(norms: list[nn.BatchNorm2d], x: Tensor) -> tuple[list[Tensor], ...]:
@@ -393,4 +401,4 @@ def _running_stats(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def _buffer(norm: nn.BatchNorm2d, name: str) -> Tensor:
-    return cast(Tensor, getattr(norm, name))
+    return cast(Tensor, norm._buffers[name])

@@ -177,15 +177,26 @@ def _check_layers(op: str, x: Tensor, layers: DenseLayers) -> None:
     _check(x.dim() == 4, f"{op}: x must be [N, C, H, W], got shape %s", x.shape)
     _check(layers.num_layers > 0, f"{op}: needs at least one layer")
     k, width, channels = layers.growth_rate, layers.bottleneck_channels, x.shape[1]
-    for i in range(layers.num_layers):
+    for i, (weight, bias, conv1) in enumerate(
+        zip(layers.norm1_weight, layers.norm1_bias, layers.conv1_weight, strict=True)
+    ):
         first = (width, channels, 1, 1) if layers.has_bottleneck else (k, channels, 3, 3)
-        expected = [("norm1_weight", (channels,)), ("norm1_bias", (channels,)), ("conv1_weight", first)]
-        if layers.has_bottleneck:
-            expected += [("norm2_weight", (width,)), ("norm2_bias", (width,)), ("conv2_weight", (k, width, 3, 3))]
-        for field, shape in expected:
-            got = getattr(layers, field)[i].shape
-            _check(got == shape, f"{op}: layer {i}: {field} must be {list(shape)} for x %s, got %s", x.shape, got)
+        _check_layer(op, x, i, ("norm1_weight", weight, (channels,)), ("norm1_bias", bias, (channels,)))
+        _check_layer(op, x, i, ("conv1_weight", conv1, first))
         channels += k
+    for i, (weight, bias, conv2) in enumerate(
+        zip(layers.norm2_weight, layers.norm2_bias, layers.conv2_weight, strict=True)
+    ):
+        _check_layer(op, x, i, ("norm2_weight", weight, (width,)), ("norm2_bias", bias, (width,)))
+        _check_layer(op, x, i, ("conv2_weight", conv2, (k, width, 3, 3)))
+
+
+def _check_layer(op: str, x: Tensor, layer: int, *expected: tuple[str, Tensor, tuple[int, ...]]) -> None:
+    for field, tensor, shape in expected:
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{op}: layer {layer}: {field} must be {list(shape)} for x {list(x.shape)}, got {list(tensor.shape)}"
+            )
 
 
 # -- implementations: hand over to the backend ---------------------------------------------------------------

@@ -166,16 +166,16 @@ class _NormArgs:
     """
 
     def __init__(self, norms: list[Norm]):
-        vectors = [vector.detach() for norm in norms for vector in norm[:4]]
+        vectors = [vector for norm in norms for vector in norm[:4]]
         dtypes = {vector.dtype for vector in vectors}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         if dtype not in DTYPES:
             dtype = torch.float32
-        self._vectors = [vector.to(dtype).contiguous() for vector in vectors]
+        self._vectors = [v if v.dtype == dtype and v.is_contiguous() else v.to(dtype).contiguous() for v in vectors]
         self.dtype = DTYPES[dtype]
         pointers = iter([vector.data_ptr() for vector in self._vectors])
         fields = zip(pointers, pointers, pointers, pointers, norms, strict=True)
-        self.array = (NormArgs * len(norms))(*[(*four, norm.eps) for *four, norm in fields])
+        self.array = (NormArgs * len(norms))(*[NormArgs(*four, norm.eps) for *four, norm in fields])
 
     def array_from(self, start: int) -> Array[NormArgs] | None:
         count = len(self.array) - start

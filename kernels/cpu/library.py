@@ -20,7 +20,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What the kernels compute in, and the number that C++ knows it by."""
 
 _VARIABLE = "FASTDENSE_CPU_ISA"
-"""Environment variable: no better instruction set than this one."""
+"""Environment variable: the instruction set to use, instead of the best."""
 
 
 class NormArgs(Structure):
@@ -33,10 +33,9 @@ class WeightArgs(Structure):
     """``Weight`` of ``src/abi.h``."""
 
     _fields_ = (
-        [("data", c_void_p)]
-        + [(name, c_int64) for name in ("out", "in_", "size")]
-        + [(name, c_int64) for name in ("stride_out", "stride_in", "stride_h", "stride_w")]
-        + [("dtype", c_int32)]
+        ("data", c_void_p),
+        *((name, c_int64) for name in ("out", "in_", "size", "stride_out", "stride_in", "stride_h", "stride_w")),
+        ("dtype", c_int32),
     )
 
 
@@ -89,7 +88,7 @@ class Library:
         data = (c_void_p * count)(*[t.data_ptr() for t in tensors])
         sizes = (c_int64 * count)(*[t.nbytes for t in tensors])
         out = (c_uint64 * count)()
-        self._check(self._library.fastdense_fingerprints(count, data, sizes, out, *self._threads()))
+        self._check(self._library.fastdense_fingerprints(self._kernels, count, data, sizes, out, *self._threads()))
         return list(out)
 
     def pack(self, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -103,9 +102,7 @@ class Library:
             arg.stride_out, arg.stride_in, arg.stride_h, arg.stride_w = w.stride()
             packed.append(aligned(self._library.fastdense_packed_bytes(self._kernels, ctypes.byref(arg), compute)))
         targets = (c_void_p * len(packed))(*[p.data_ptr() for p in packed])
-        self._check(
-            self._library.fastdense_pack(self._kernels, len(packed), args, compute, targets, *self._threads())
-        )
+        self._check(self._library.fastdense_pack(self._kernels, len(packed), args, compute, targets, *self._threads()))
         return packed
 
     def run(self, name: str, args: Structure) -> None:
@@ -131,32 +128,37 @@ def aligned(nbytes: int, alignment: int = 64) -> Tensor:
 
 @functools.cache
 def load() -> Library | str:
-    """The library on the best instruction set here, or why there is none."""
-    files = [path for path in Path(__file__).parent.glob("_library*") if path.suffix in (".so", ".pyd", ".dylib")]
+    """The library on the best instruction set here that is allowed, or why there is none."""
+    offers = offered()
+    if isinstance(offers, str):
+        return offers
+    wanted = os.environ.get(_VARIABLE) or next(iter(offers))
+    return offers.get(wanted) or f"{_VARIABLE} asks for {wanted}, and this CPU offers {', '.join(offers)}"
+
+
+@functools.cache
+def offered() -> dict[str, Library] | str:
+    """The library on each instruction set of this CPU, best first, or why there is none."""
+    files = [path for path in Path(__file__).parent.glob("_library*") if path.suffix in (".so", ".dylib")]
     if not files:
-        return "its C++ was not compiled: fastdense was installed without a C++ compiler"
+        return "its C++ was not compiled: fastdense was installed without a C++ compiler, or not for x86-64"
     try:
         library = ctypes.CDLL(str(files[0]))
         parallel_for = ctypes.cast(_torch_library().torch_parallel_for, c_void_p)
     except (OSError, AttributeError) as error:
         return f"its library cannot be loaded: {error}"
     _declare(library)
-    by_name = {}
-    while kernels := library.fastdense_kernels(len(by_name)):
+    offers: dict[str, Library] = {}
+    while kernels := library.fastdense_kernels(len(offers)):
         found = Library(library, kernels, parallel_for)
-        by_name[found.isa] = found
-    if not by_name:
-        return "it needs AVX2 and FMA, which this CPU lacks"
-    wanted = os.environ.get(_VARIABLE)
-    if not wanted:
-        return next(iter(by_name.values()))
-    return by_name.get(wanted) or f"{_VARIABLE} asks for {wanted}; this CPU offers {', '.join(by_name)}"
+        offers[found.isa] = found
+    return offers or "it needs AVX2, FMA and F16C, which this CPU lacks"
 
 
 def _torch_library() -> ctypes.CDLL:
     """torch's C++ library, which the running process has loaded already."""
     folder = Path(torch.__file__).parent / "lib"
-    names = ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll")
+    names = ("libtorch_cpu.so", "libtorch_cpu.dylib")
     return ctypes.CDLL(str(next((folder / name for name in names if (folder / name).exists()), names[0])))
 
 
@@ -167,7 +169,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.fastdense_packed_bytes.argtypes = [c_void_p, POINTER(WeightArgs), c_int32]
     library.fastdense_packed_bytes.restype = c_int64
     library.fastdense_fingerprints.argtypes = [
-        c_int64, POINTER(c_void_p), POINTER(c_int64), POINTER(c_uint64), c_void_p, c_int32
+        c_void_p, c_int64, POINTER(c_void_p), POINTER(c_int64), POINTER(c_uint64), c_void_p, c_int32
     ]  # fmt: skip
     library.fastdense_pack.argtypes = [
         c_void_p, c_int64, POINTER(WeightArgs), c_int32, POINTER(c_void_p), c_void_p, c_int32

@@ -16,8 +16,7 @@ from .library import DTYPES, Library
 
 
 class _Packed(NamedTuple):
-    fingerprint: int
-    layout: tuple[object, ...]
+    state: tuple[object, ...]  # fingerprint, shape, strides, dtype of the weight it was made from
     memory: Tensor
 
 
@@ -29,18 +28,13 @@ def packed(library: Library, weights: list[Tensor], dtype: torch.dtype) -> list[
     """Each weight as the kernels read it, packed now only where it has changed."""
     known = _packed.setdefault((library.isa, dtype), WeakIdKeyDictionary())
     dense = [_dense(w) for w in weights]
-    prints = library.fingerprints(dense)
-    layouts = [(w.shape, w.stride(), w.dtype) for w in dense]
-    result = []
-    for weight, fingerprint, layout in zip(weights, prints, layouts, strict=True):
-        old = known.get(weight)
-        result.append(old.memory if old is not None and old[:2] == (fingerprint, layout) else None)
-    stale = [i for i, memory in enumerate(result) if memory is None]
+    states = [(mark, w.shape, w.stride(), w.dtype) for mark, w in zip(library.fingerprints(dense), dense, strict=True)]
+    result = [known.get(w) for w in weights]
+    stale = [i for i, old in enumerate(result) if old is None or old.state != states[i]]
     if stale:
         for i, memory in zip(stale, library.pack([dense[i] for i in stale], dtype), strict=True):
-            known[weights[i]] = _Packed(prints[i], layouts[i], memory)
-            result[i] = memory
-    return result
+            result[i] = known[weights[i]] = _Packed(states[i], memory)
+    return [entry.memory for entry in result]
 
 
 def _dense(weight: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ struct PoolArgs {
 // What one instruction set offers. Bytes of a packed weight are `packed_bytes`, aligned to 64.
 struct Kernels {
   const char* name;
+  uint64_t (*fingerprint)(const void* data, int64_t bytes);
   int64_t (*packed_bytes)(const Weight&, int32_t compute);
   void (*pack)(const Weight&, int32_t compute, void* packed);
   void (*dense_block)(const DenseBlockArgs&, ParallelFor);

@@ -20,6 +20,7 @@ struct Isa {
 
   static Vector zero() { return _mm256_setzero_ps(); }
   static Vector broadcast(float v) { return _mm256_set1_ps(v); }
+  static bool is_zero(Vector v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, zero(), _CMP_EQ_OQ)) == 0xff; }  // every lane
   static float first_lane(Vector v) { return _mm256_cvtss_f32(v); }
   static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
   static Vector sub(Vector a, Vector b) { return _mm256_sub_ps(a, b); }

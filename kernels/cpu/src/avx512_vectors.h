@@ -13,6 +13,7 @@ struct Avx512 {
 
   static Vector zero() { return _mm512_setzero_ps(); }
   static Vector broadcast(float v) { return _mm512_set1_ps(v); }
+  static bool is_zero(Vector v) { return _mm512_cmp_ps_mask(v, zero(), _CMP_EQ_OQ) == 0xffff; }  // every lane
   static float first_lane(Vector v) { return _mm512_cvtss_f32(v); }
   static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
   static Vector sub(Vector a, Vector b) { return _mm512_sub_ps(a, b); }

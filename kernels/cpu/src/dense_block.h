@@ -12,6 +12,7 @@
 struct Scratch {
   Buffer z;         // prologue's output, or the input of Winograd's multiplies
   Buffer product;   // what the multiplies make
+  Buffer row;       // a row of pixels of a 3x3
   static Scratch& of_this_thread() {
     static thread_local Scratch scratch;
     return scratch;
@@ -92,7 +93,7 @@ class DenseBlock {
       if constexpr (kIsWinograd<Word>) {
         winograd(layer, image, count, u, team);
       } else {
-        convolve(layer, image, count, u, team);
+        team.run(count * p_.height, [&](int64_t begin, int64_t end) { convolve(layer, image, begin, end, u); });
       }
     }
   }
@@ -148,34 +149,34 @@ class DenseBlock {
                       u + u_pixel(u_row + row) * u_channels_);
   }
 
-  void convolve(int64_t layer, int64_t image, int64_t count, const Element* u, const Team& team) {
+  // Rows of pixels of the images at hand, tap by tap.
+  void convolve(int64_t layer, int64_t image, int64_t first_row, int64_t last_row, const Element* u) {
     constexpr int e = Word::kElements;
     const int64_t k = u_layer_channels(layer) / e, columns = round_up(p_.growth_rate, Isa::kLanes);
     const int64_t pixel = u_channels_ / e;  // in words
-    const auto* w = static_cast<const Word*>(p_.conv3[layer]);
-    team.run(count * p_.height, [&](int64_t begin, int64_t end) {
-      float* const y = Scratch::of_this_thread().product.get<float>(round_up(p_.width, Isa::kRows) * columns);
-      for (int64_t row = begin; row < end; ++row) {
-        const auto* top = reinterpret_cast<const Word*>(u) +
-                          (row / p_.height * u_height_ + row % p_.height) * u_width_ * pixel;
-        for (int64_t dy = 0; dy < 3; ++dy)
-          gemm<Word>({top + dy * u_width_ * pixel, pixel, p_.width, 3, pixel},
-                     {w + dy * 3 * k * columns, 3 * k, columns, 0, k}, y, dy > 0);
-        Store* const target = out_ + (image * pixels_ + row * p_.width) * channels_ + channels(layer);
-        for (int64_t x = 0; x < p_.width; ++x)
-          store_row<Round>(y + x * columns, p_.growth_rate, target + x * channels_);
-      }
-    });
+    const auto* w = reinterpret_cast<const Word*>(static_cast<const Element*>(p_.conv3[layer]));
+    float* const y = Scratch::of_this_thread().row.get<float>(p_.width * columns);
+    for (int64_t row = first_row; row < last_row; ++row) {
+      const auto* top = reinterpret_cast<const Word*>(u) +
+                        (row / p_.height * u_height_ + row % p_.height) * u_width_ * pixel;
+      for (int64_t dy = 0; dy < 3; ++dy)
+        gemm<Word>({top + dy * u_width_ * pixel, pixel, p_.width, 3, pixel},
+                   {w + dy * 3 * k * columns, 3 * k, columns, 0, k}, y, dy > 0);
+      Store* const target = out_ + (image * pixels_ + row * p_.width) * channels_ + channels(layer);
+      for (int64_t x = 0; x < p_.width; ++x)
+        store_row<Round>(y + x * columns, p_.growth_rate, target + x * channels_);
+    }
   }
 
   // F(2x2, 3x3): Y = A^T [ (G w G^T) * (B^T u B) ] A, with the product a matrix multiply for each of 16 places.
+  // A value that is not finite would spread to its tile's other pixels, so such rows are made again tap by tap.
   void winograd(int64_t layer, int64_t image, int64_t count, const float* u, const Team& team) {
     const int64_t across = ceil_div(p_.width, 2), down = ceil_div(p_.height, 2);
     const int64_t bands = count * down;  // rows of tiles
     const int64_t pieces = team.pieces(bands, std::max<int64_t>(1, kTiles / across));
     const int64_t most = ceil_div(bands, pieces) * across;
     const int64_t c = u_layer_channels(layer), columns = round_up(p_.growth_rate, Isa::kLanes);
-    const auto* w = static_cast<const FloatWord*>(p_.conv3[layer]);
+    const auto* w = static_cast<const FloatWord*>(p_.conv3[layer]) + 9 * c * columns;
     team.run(pieces, [&](int64_t begin, int64_t end) {
       Scratch& scratch = Scratch::of_this_thread();
       const int64_t v_step = most * c + Isa::kLanes, m_step = most * columns + Isa::kLanes;
@@ -192,9 +193,14 @@ class DenseBlock {
         for (int64_t i = 0; i < 16; ++i)
           gemm<FloatWord>({reinterpret_cast<const FloatWord*>(v + i * v_step), c, tiles},
                           {w + i * c * columns, c, columns, 0, c}, m + i * m_step, false);
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          const int64_t band = first + tile / across;
-          transform_output(m + tile * columns, m_step, layer, image + band / down, band % down * 2, tile % across * 2);
+        for (int64_t band = first; band < last; ++band) {
+          const int64_t of_image = band / down, y = band % down * 2;
+          bool finite = true;
+          for (int64_t x = 0; x < across; ++x)
+            finite &= transform_output(m + ((band - first) * across + x) * columns, m_step, layer, image + of_image, y,
+                                       2 * x);
+          const int64_t row = of_image * p_.height + y;
+          if (!finite) convolve(layer, image, row, row + std::min<int64_t>(2, p_.height - y), u);
         }
       }
     });
@@ -224,10 +230,11 @@ class DenseBlock {
     }
   }
 
-  // Y = A^T m A of one tile, into the 2x2 pixels at (y, x) of an image, as far as they exist.
-  void transform_output(const float* m, int64_t m_step, int64_t layer, int64_t image, int64_t y, int64_t x) {
+  // Y = A^T m A of one tile, into the 2x2 pixels at (y, x) of an image, as far as they exist. Whether m is finite.
+  bool transform_output(const float* m, int64_t m_step, int64_t layer, int64_t image, int64_t y, int64_t x) {
     Store* const target = out_ + (image * pixels_ + y * p_.width + x) * channels_ + channels(layer);
     const bool right = x + 1 < p_.width, below = y + 1 < p_.height;
+    Vector sum = Isa::zero();  // NaN where any of m is not finite
     for (int64_t c = 0; c < p_.growth_rate; c += Isa::kLanes) {
       Vector t[2][4];
 #pragma GCC unroll 4
@@ -236,6 +243,7 @@ class DenseBlock {
         const Vector m1 = at(1), m2 = at(2);
         t[0][i] = Isa::add(at(0), Isa::add(m1, m2));
         t[1][i] = Isa::sub(Isa::sub(m1, m2), at(3));
+        sum = Isa::add(sum, Isa::add(Isa::sub(t[0][i], t[0][i]), Isa::sub(t[1][i], t[1][i])));
       }
       alignas(kCacheLine) float y_row[2][Isa::kLanes];
       const int64_t count = std::min<int64_t>(Isa::kLanes, p_.growth_rate - c);
@@ -246,6 +254,7 @@ class DenseBlock {
           store_row<Round>(y_row[column], count, target + (row * p_.width + column) * channels_ + c);
       }
     }
+    return Isa::is_zero(sum);
   }
 
   int64_t u_layer_channels(int64_t layer) const { return has_bottleneck_ ? u_channels_ : padded(channels(layer)); }

@@ -30,6 +30,7 @@ inline bool multiplies_bfloat16(int32_t compute) { return compute == kBFloat16 &
 inline const Kernels* kernels() {
   static constexpr Kernels table = {
       Isa::kName,
+      fingerprint,
       [](const Weight& w, int32_t compute) {
         return multiplies_bfloat16(compute) ? Packer<WordFor<BFloat16>>(w).bytes() : Packer<FloatWord>(w).bytes();
       },

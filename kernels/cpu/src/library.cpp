@@ -1,7 +1,6 @@
 // What Python calls: which instruction sets this CPU has, and their kernels; fingerprints of weights.
-#include <algorithm>
 #include <cstdint>
-#include <cstring>
+#include <numeric>
 
 #include "abi.h"
 #include "team.h"
@@ -42,26 +41,6 @@ constexpr Candidate kCandidates[] = {  // best first
 };
 constexpr int kCount = sizeof(kCandidates) / sizeof(kCandidates[0]);
 
-// A hash of every byte: lanes of x -> (x ^ word) * odd, high bits folded into low ones. Each step is a bijection
-// of the state and of the word, so a change of one word is never missed, and any other with chance 2^-32 a lane.
-uint64_t fingerprint(const void* data, int64_t bytes) {
-  constexpr int kLanes = 64;
-  uint32_t state[kLanes];
-  for (int i = 0; i < kLanes; ++i) state[i] = 0x9e3779b9u * (i + 1);
-  const auto* p = static_cast<const unsigned char*>(data);
-  for (; bytes > 0; bytes -= sizeof(state), p += sizeof(state)) {
-    uint32_t words[kLanes] = {};
-    std::memcpy(words, p, std::min<int64_t>(bytes, sizeof(words)));
-    for (int i = 0; i < kLanes; ++i) {
-      const uint32_t mixed = (state[i] ^ words[i]) * 0x85ebca6bu;
-      state[i] = mixed ^ (mixed >> 15);
-    }
-  }
-  uint64_t sum = 0;
-  for (const uint32_t lane : state) sum = (sum ^ lane) * 0x9ddfea08eb382d69ull, sum ^= sum >> 29;
-  return sum;
-}
-
 // 0, or 1 after a failure: no exception crosses into Python.
 template <class F>
 int32_t guarded(const F& f) {
@@ -87,11 +66,16 @@ FASTDENSE_EXPORT const Kernels* fastdense_kernels(int32_t i) {
 
 FASTDENSE_EXPORT const char* fastdense_name(const Kernels* kernels) { return kernels->name; }
 
-FASTDENSE_EXPORT int32_t fastdense_fingerprints(int64_t count, const void* const* data, const int64_t* bytes,
-                                                uint64_t* out, ParallelFor parallel_for, int32_t threads) {
+// Every thread takes the tensors that begin in its share of the bytes.
+FASTDENSE_EXPORT int32_t fastdense_fingerprints(const Kernels* kernels, int64_t count, const void* const* data,
+                                                const int64_t* bytes, uint64_t* out, ParallelFor parallel_for,
+                                                int32_t threads) {
   return guarded([&] {
-    Team{parallel_for, threads}.run(count, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) out[i] = fingerprint(data[i], bytes[i]);
+    const int64_t total = std::accumulate(bytes, bytes + count, int64_t{1});
+    Team{parallel_for, threads}.run(threads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = 0, start = 0; i < count; start += bytes[i++])
+        if (start * threads / total >= begin && start * threads / total < end)
+          out[i] = kernels->fingerprint(data[i], bytes[i]);
     });
   });
 }

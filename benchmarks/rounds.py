@@ -1,0 +1,40 @@
+"""Interleaved rounds: contenders take turns, so that the drift of a shared machine's speed cancels in their ratios."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+_FEWEST, _MOST = 5, 199
+
+
+def how_many(seconds: float, of_one: float) -> int:
+    """Rounds that take about ``seconds``, where one takes ``of_one``."""
+    return min(max(int(seconds / of_one), _FEWEST), _MOST)
+
+
+def turns(names: list[str], rounds: int) -> Iterator[str]:
+    """Round after round, each beginning one contender later."""
+    for i in range(rounds):
+        first = i % len(names)
+        yield from names[first:] + names[:first]
+
+
+def spread(what: str, values: list[float]) -> dict[str, float]:
+    """The median and the quartiles, as columns of a row."""
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    return {what: median, f"{what}_q1": low, f"{what}_q3": high}
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """It would hit one contender and not the next."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

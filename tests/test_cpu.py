@@ -1,0 +1,337 @@
+"""The C++ kernels for CPUs, on every instruction set that this one has: numbers, NaN, changed weights, threads.
+
+The modules' tests run them too, on the best instruction set. Here are their numbers over geometries and dtypes, and
+the portable kernels' beside them, what they must not remember, and what the sanitisers say of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fastdense
+from fastdense.kernels import cpu
+from fastdense.kernels.cpu import library, packing
+
+pytestmark = pytest.mark.filterwarnings("error::fastdense.FallbackWarning")
+
+OFFERS = library.offered()
+PRECISIONS = {
+    "fp32": dict(dtype=torch.float32),
+    "bf16": dict(dtype=torch.bfloat16),
+    "fp16": dict(dtype=torch.float16),
+    "autocast bf16": dict(dtype=torch.bfloat16, autocast=True),
+    "autocast fp16": dict(dtype=torch.float16, autocast=True),
+}
+SOURCES = Path(cpu.__file__).parent / "src"
+
+
+@pytest.fixture(scope="module", params=["portable", "avx2", "avx512", "avx512_bf16"])
+def kernels(request) -> str:
+    """The portable kernels, and the C++ ones on each instruction set."""
+    if request.param == "portable":
+        with fastdense.use_backend("torch"):
+            yield request.param
+        return
+    if isinstance(OFFERS, str) or request.param not in OFFERS:
+        pytest.skip(OFFERS if isinstance(OFFERS, str) else f"this CPU has no {request.param}")
+    with pytest.MonkeyPatch.context() as patch, fastdense.use_backend("cpu"):
+        patch.setattr(cpu, "load", lambda: OFFERS[request.param])
+        yield request.param
+
+
+@pytest.fixture
+def compiled() -> None:
+    """The C++ kernels, on whatever is best."""
+    if isinstance(library.load(), str):
+        pytest.skip(library.load())
+    with fastdense.use_backend("cpu"):
+        yield
+
+
+@pytest.fixture
+def threads():
+    """``threads(n)`` sets torch's number of threads until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def infer(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model.eval()(x)
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------
+
+BLOCKS = {
+    "growth 32": (dict(num_layers=3, num_input_features=64), (3, 64, 30, 17)),
+    "growth 32, 7x7": (dict(num_layers=2, num_input_features=512), (9, 512, 7, 7)),
+    "growth 48": (dict(num_layers=2, num_input_features=96, growth_rate=48), (2, 96, 9, 8)),
+    "CIFAR, BC, growth 12": (dict(num_layers=3, num_input_features=24, growth_rate=12), (2, 24, 32, 32)),
+    "CIFAR, growth 12": (dict(num_layers=3, num_input_features=16, growth_rate=12, bn_size=None), (2, 16, 16, 16)),
+    "odd": (dict(num_layers=3, num_input_features=13, growth_rate=5, bn_size=3), (3, 13, 5, 7)),
+    "one pixel": (dict(num_layers=2, num_input_features=40, growth_rate=33), (2, 40, 1, 1)),
+    "one row": (dict(num_layers=2, num_input_features=40, growth_rate=33), (1, 40, 1, 19)),
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("geometry", BLOCKS)
+def test_block(kernels, geometry, precision, twins, randn, assert_parity):
+    arguments, shape = BLOCKS[geometry]
+    pair = [module.eval() for module in twins("block", **arguments)]
+    assert_parity(*pair, [randn(*shape, seed=seed) for seed in range(3)], **PRECISIONS[precision], backward=False)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", [(2, 128, 14, 14), (3, 37, 9, 5), (1, 256, 2, 3)])
+def test_transition(kernels, shape, precision, twins, randn, assert_parity):
+    pair = [module.eval() for module in twins("transition", shape[1], shape[1] // 2)]
+    assert_parity(*pair, [randn(*shape, seed=seed) for seed in range(3)], **PRECISIONS[precision], backward=False)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", [(2, 64, 20, 20), (3, 37, 9, 5), (1, 8, 1, 1)])
+def test_stem_tail_and_head(kernels, shape, precision, twins, randn, assert_parity):
+    pair = [module.eval() for module in twins("tails", shape[1])]
+    assert_parity(*pair, [randn(*shape, seed=seed) for seed in range(3)], **PRECISIONS[precision], backward=False)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_network(kernels, precision, twins, randn, assert_parity):
+    pair = [module.eval() for module in twins("net", num_classes=10)]
+    inputs = [randn(2, 3, 96, 80, seed=seed) for seed in range(3)]
+    assert_parity(*pair, inputs, **PRECISIONS[precision], backward=False)
+
+
+@given(
+    channels=st.integers(1, 70),
+    growth=st.sampled_from([1, 12, 31, 32, 33, 48]),
+    bn_size=st.sampled_from([None, 1, 4]),
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 57), st.integers(1, 57)),
+    precision=st.sampled_from(sorted(PRECISIONS)),
+)
+def test_any_shape(kernels, channels, growth, bn_size, shape, precision, twins, randn, assert_parity):
+    n, h, w = shape
+    block = dict(num_layers=2, num_input_features=channels, growth_rate=growth, bn_size=bn_size)
+    pair = [module.eval() for module in twins("block", **block)]
+    inputs = [randn(n, channels, h, w, seed=seed) for seed in range(3)]
+    assert_parity(*pair, inputs, **PRECISIONS[precision], backward=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_not_finite_stays_where_it_was(kernels, precision, value, twins, randn):
+    """One bad pixel of one channel: as far as the 3x3 convolutions carry it, and no further."""
+    dtype = PRECISIONS[precision]["dtype"]
+    fast, stock = (module.to(dtype) for module in twins("block", num_layers=2, num_input_features=20))
+    x = randn(2, 20, 11, 13, dtype=dtype)
+    x[1, 3, 4, 5] = value
+    finite, expected = infer(fast, x).isfinite(), infer(stock, x).isfinite()
+    assert not expected.all()
+    torch.testing.assert_close(finite, expected)
+
+
+def test_values_near_overflow(kernels, twins):
+    """Winograd's sums exceed what they come from: where they overflow, the result must not."""
+    fast, stock = twins("block", num_layers=1, num_input_features=4, growth_rate=4, bn_size=None)
+    with torch.no_grad():
+        fast.denselayer1.conv1.weight.fill_(1 / 36)
+    stock.load_state_dict(fast.state_dict())
+    x = torch.full((1, 4, 6, 6), 1.5e38)
+    assert infer(stock, x).isfinite().all()
+    torch.testing.assert_close(infer(fast, x), infer(stock, x))
+
+
+# -- what must not matter ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_same_bits_for_any_batch_and_threads(compiled, threads, precision, twins, randn):
+    """Every pixel's sums run in one order, however the work was cut."""
+    dtype = PRECISIONS[precision]["dtype"]
+    net = twins("net", block_config=(2, 3), num_classes=7)[0].to(dtype)
+    x = randn(5, 3, 70, 61, dtype=dtype)
+    features = [infer(net.features, x)]
+    for count in (1, 3):
+        threads(count)
+        features += [infer(net.features, x), torch.cat([infer(net.features, image[None]) for image in x])]
+    assert all(torch.equal(features[0], other) for other in features[1:])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded"])
+def test_any_strides(compiled, layout, twins, randn):
+    fast, _ = twins("block", num_layers=2, num_input_features=6)
+    x = randn(4, 6, 9, 10)
+    y = {
+        "contiguous": x,
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "sliced": torch.cat([x, x], 1)[:, :6],
+        "expanded": x[:1].expand(4, -1, -1, -1),
+    }[layout]
+    same = infer(fast, y.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(infer(fast, y), same)
+    assert infer(fast, y).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_weights_in_any_memory_format(compiled, twins, randn):
+    fast, _ = twins("net", block_config=(2, 2), num_classes=5)
+    x = randn(2, 3, 64, 64)
+    expected = infer(fast, x)
+    torch.testing.assert_close(infer(copy.deepcopy(fast).to(memory_format=torch.channels_last), x), expected)
+
+
+# -- what must not be remembered --------------------------------------------------------------------------------
+
+
+def negate(weight: Tensor) -> None:
+    weight.data.neg_()
+
+
+def one_value(weight: Tensor) -> None:
+    weight.data.view(-1)[weight.numel() // 2] += 1
+
+
+def write_through_numpy(weight: Tensor) -> None:
+    weight.detach().numpy()[...] *= 1.5
+
+
+def exchange_storage(weight: Tensor) -> None:
+    weight.data = weight.data * 2
+
+
+def swap_two_values(weight: Tensor) -> None:
+    flat = weight.data.view(-1)
+    flat[[0, 64]] = flat[[64, 0]]
+
+
+@pytest.mark.parametrize("change", [negate, one_value, write_through_numpy, exchange_storage, swap_two_values])
+@pytest.mark.parametrize("name", ["denselayer1.conv1", "denselayer2.conv2"])
+def test_a_changed_weight_is_seen_at_once(compiled, change, name, twins, randn):
+    fast, stock = twins("block", num_layers=2, num_input_features=32)
+    x = randn(1, 32, 6, 6)
+    before = infer(fast, x)
+    for model in (fast, stock):
+        change(model.get_submodule(name).weight)
+    assert not torch.equal(infer(fast, x), before)
+    torch.testing.assert_close(infer(fast, x), infer(stock, x))
+
+
+def test_a_changed_norm_is_seen_at_once(compiled, twins, randn):
+    fast, stock = twins("block", num_layers=2, num_input_features=32)
+    x = randn(1, 32, 6, 6)
+    infer(fast, x)
+    for model in (fast, stock):
+        for layer in model.values():
+            layer.norm1.running_var.data.mul_(3)
+            layer.norm2.bias.data.add_(1)
+    torch.testing.assert_close(infer(fast, x), infer(stock, x))
+
+
+def test_packed_weights_live_as_long_as_their_weights(compiled, twins, randn):
+    def held() -> int:
+        gc.collect()
+        return sum(map(len, packing._packed.values()))
+
+    before = held()
+    fast, _ = twins("block", num_layers=3, num_input_features=8)
+    infer(fast, randn(1, 8, 5, 5))
+    assert held() == before + 6
+    infer(fast, randn(2, 8, 7, 7))
+    assert held() == before + 6
+    del fast, _
+    assert held() == before
+
+
+# -- choice -----------------------------------------------------------------------------------------------------
+
+STATUS = "import fastdense; rows = fastdense.status().as_dict(); print(rows['backend cpu'], rows['chosen for cpu'])"
+
+
+@pytest.mark.parametrize("isa", ["avx2", "nothing"])
+def test_instruction_set_by_environment(compiled, isa):
+    done = subprocess.run(
+        [sys.executable, "-c", STATUS],
+        env={**os.environ, "FASTDENSE_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if isa == "avx2":
+        assert "on avx2" in done.stdout
+    else:
+        assert "'unavailable'" in done.stdout
+        assert "FASTDENSE_CPU_ISA asks for nothing" in done.stdout
+        assert "'torch'" in done.stdout
+
+
+def test_float64_is_the_portable_backends(compiled, twins, randn):
+    fast, stock = (module.double() for module in twins("block", num_layers=2, num_input_features=8))
+    x = randn(1, 8, 5, 5, dtype=torch.float64)
+    with fastdense.use_backend("auto"):
+        torch.testing.assert_close(infer(fast, x), infer(stock, x), rtol=1e-12, atol=1e-12)
+    with pytest.raises(RuntimeError, match="not in torch"):
+        infer(fast, x)
+
+
+# -- sanitisers -------------------------------------------------------------------------------------------------
+
+SANITISED = """
+import sys, torch, fastdense
+from fastdense.kernels.cpu import library
+library.Path = lambda _: type("Folder", (), {"parent": __import__("pathlib").Path(sys.argv[1])})()
+import fastdense.kernels.cpu as cpu
+library.offered.cache_clear()
+shapes = [(1, 13, 5, 7), (2, 16, 1, 1), (3, 64, 9, 2), (5, 33, 7, 7), (1, 20, 15, 31)]
+for isa, found in library.offered().items():
+    cpu.load = lambda: found
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for n, c, h, w in shapes:
+            for growth, bn_size in ((5, 3), (32, 4), (12, None)):
+                block = fastdense.FastDenseBlock(2, c, bn_size, growth).eval().to(dtype)
+                x = torch.randn(n, c, h, w).to(dtype)
+                with torch.inference_mode(), fastdense.use_backend("cpu"):
+                    assert block(x).isfinite().all()
+                    x[0, 0, 0, 0] = float("nan")
+                    block(x)
+                    if h > 1:
+                        fastdense.FastTransition(c, c // 2).eval().to(dtype)(x)
+                    net = fastdense.FastDenseNet(block_config=(), num_init_features=c, num_classes=1).eval().to(dtype)
+                    net.features.conv0 = torch.nn.Identity()
+                    net(x)
+    print("clean on", isa)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_sanitisers_find_nothing(compiled, tmp_path):
+    """AddressSanitizer and UndefinedBehaviorSanitizer over odd shapes, every instruction set and dtype."""
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1", "-std=c++17", "-fPIC"]
+    sources = sorted(map(str, SOURCES.glob("*.cpp")))
+    target = tmp_path / "_library.so"
+    subprocess.run(["g++", "-shared", *flags, "-o", target, *sources], check=True, capture_output=True)
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", SANITISED, str(tmp_path)],
+        env={**os.environ, "LD_PRELOAD": ":".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("clean on") == len(OFFERS)
