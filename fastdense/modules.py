@@ -111,18 +111,24 @@ class FastDenseBlock(reference.DenseBlock):
         """Why the op would not reproduce the layers' forward, or ``None``."""
         if not len(self):
             return "it has no layers"
-        first = self._layers()[0]
-        for name, layer in zip(self, self._layers(), strict=True):
+        layers = self._layers()
+        first = layers[0]
+        parts = ["norm1", "relu1", "conv1"] + (["norm2", "relu2", "conv2"] if first.has_bottleneck else [])
+        settings = _settings(first)
+        for name, layer in zip(self, layers, strict=True):
             if type(layer) is not reference.DenseLayer:
                 return f"{name} is a {type(layer).__name__}"
-            parts = ["norm1", "relu1", "conv1"] + (["norm2", "relu2", "conv2"] if layer.has_bottleneck else [])
-            obstacle = hooked(layer) or _obstacle_in(layer, parts)
+            if _settings(layer) != settings:
+                return f"{name} differs from {next(iter(self))} in bottleneck, dropout or training mode"
+            obstacle = _hooked(layer) or _obstacle_in(layer, parts)
             if obstacle:
                 return f"{name}: {obstacle}"
-            settings = [(m.has_bottleneck, m.drop_rate, m.drop_every_conv, m.training) for m in (layer, first)]
-            if settings[0] != settings[1]:
-                return f"{name} differs from {next(iter(self))} in bottleneck, dropout or training mode"
         return None
+
+
+def _settings(layer: reference.DenseLayer) -> tuple[Any, ...]:
+    """What all layers of a block must have in common."""
+    return layer.has_bottleneck, layer.drop_rate, layer.drop_every_conv, layer.training
 
 
 class FastTransition(reference.Transition):
@@ -212,7 +218,12 @@ def _is_transformed() -> bool:
 
 def hooked(module: nn.Module) -> str | None:
     """What would be bypassed if the module's forward were not called through ``__call__``."""
-    state = module.__dict__  # nn.Module's own attribute lookup is slow, and a network has hundreds of modules
+    return _hooked(module) or ("modules have global hooks" if _global_hooks() else None)
+
+
+def _hooked(module: nn.Module) -> str | None:
+    """The same, of the module itself; by its dict, since a network has hundreds of modules to look at."""
+    state = module.__dict__
     if (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
@@ -224,7 +235,7 @@ def hooked(module: nn.Module) -> str | None:
         return "its forward was replaced"
     if state.get("_compiled_call_impl") is not None:
         return "it is compiled by itself"
-    return "modules have global hooks" if _global_hooks() else None
+    return None
 
 
 def _obstacle_in(module: nn.Module, parts: Sequence[str]) -> str | None:
@@ -232,14 +243,19 @@ def _obstacle_in(module: nn.Module, parts: Sequence[str]) -> str | None:
     if list(module._modules) != list(parts):
         return f"its children are {', '.join(module._modules)} instead of {', '.join(parts)}"
     for name, child in module._modules.items():
-        reason = _unusual(cast(nn.Module, child))
+        reason = _unlike_stock(cast(nn.Module, child))
         if reason:
             return f"{name}: {reason}"
-    return None
+    return "modules have global hooks" if _global_hooks() else None
 
 
 def _unusual(module: nn.Module) -> str | None:
     """Why the ops would not reproduce a stock module of a DenseNet, or ``None``."""
+    return _unlike_stock(module) or ("modules have global hooks" if _global_hooks() else None)
+
+
+def _unlike_stock(module: nn.Module) -> str | None:
+    """The same, of the module itself."""
     kind = type(module)
     if kind not in _STOCK:
         return f"it is a {kind.__name__}"
@@ -252,7 +268,7 @@ def _unusual(module: nn.Module) -> str | None:
             return f"its padding is {state['padding']}"
         if state["_parameters"]["bias"] is not None:
             return "it has a bias"
-    return hooked(module)
+    return _hooked(module)
 
 
 _STOCK: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {

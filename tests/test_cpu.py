@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,17 +38,40 @@ PRECISIONS = {
 SOURCES = Path(cpu.__file__).parent / "src"
 
 
-@pytest.fixture(scope="module", params=["portable", "avx2", "avx512", "avx512_bf16"])
-def kernels(request) -> str:
+def compile_library(folder: Path, *flags: str) -> None:
+    """The library with AMX's tiles emulated, so that their kernels run on a CPU without them."""
+    sources = sorted(map(str, SOURCES.glob("*.cpp")))
+    emulate = f'-DFASTDENSE_EMULATE_AMX="{Path(__file__).with_name("amx_emulation.h")}"'
+    command = ["g++", "-shared", "-std=c++17", "-fPIC", emulate, *flags, "-o", str(folder / "_library.so"), *sources]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def offers(tmp_path_factory) -> dict[str, library.Library]:
+    """The C++ kernels by instruction set; those for AMX run on emulated tiles where the CPU has none."""
+    if isinstance(OFFERS, str):
+        pytest.skip(OFFERS)
+    if "amx" in OFFERS or "avx512_bf16" not in OFFERS or shutil.which("g++") is None:
+        return OFFERS
+    folder = tmp_path_factory.mktemp("emulated")
+    compile_library(folder, "-O2")
+    emulated = library.offered(folder)
+    assert not isinstance(emulated, str)
+    return {**OFFERS, "amx": emulated["amx"]}
+
+
+@pytest.fixture(scope="module", params=["portable", "avx2", "avx512", "avx512_bf16", "amx"])
+def kernels(request) -> Iterator[str]:
     """The portable kernels, and the C++ ones on each instruction set."""
     if request.param == "portable":
         with fastdense.use_backend("torch"):
             yield request.param
         return
-    if isinstance(OFFERS, str) or request.param not in OFFERS:
-        pytest.skip(OFFERS if isinstance(OFFERS, str) else f"this CPU has no {request.param}")
+    found = request.getfixturevalue("offers")
+    if request.param not in found:
+        pytest.skip(f"this CPU has no {request.param}, and what would emulate it neither")
     with pytest.MonkeyPatch.context() as patch, fastdense.use_backend("cpu"):
-        patch.setattr(cpu, "load", lambda: OFFERS[request.param])
+        patch.setattr(cpu, "load", lambda: found[request.param])
         yield request.param
 
 
@@ -290,12 +314,11 @@ def test_float64_is_the_portable_backends(compiled, twins, randn):
 
 SANITISED = """
 import sys, torch, fastdense
+from pathlib import Path
+from fastdense.kernels import cpu
 from fastdense.kernels.cpu import library
-library.Path = lambda _: type("Folder", (), {"parent": __import__("pathlib").Path(sys.argv[1])})()
-import fastdense.kernels.cpu as cpu
-library.offered.cache_clear()
 shapes = [(1, 13, 5, 7), (2, 16, 1, 1), (3, 64, 9, 2), (5, 33, 7, 7), (1, 20, 15, 31)]
-for isa, found in library.offered().items():
+for isa, found in library.offered(Path(sys.argv[1])).items():
     cpu.load = lambda: found
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for n, c, h, w in shapes:
@@ -319,10 +342,7 @@ for isa, found in library.offered().items():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_sanitisers_find_nothing(compiled, tmp_path):
     """AddressSanitizer and UndefinedBehaviorSanitizer over odd shapes, every instruction set and dtype."""
-    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1", "-std=c++17", "-fPIC"]
-    sources = sorted(map(str, SOURCES.glob("*.cpp")))
-    target = tmp_path / "_library.so"
-    subprocess.run(["g++", "-shared", *flags, "-o", target, *sources], check=True, capture_output=True)
+    compile_library(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
     runtimes = [
         subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
@@ -334,4 +354,4 @@ def test_sanitisers_find_nothing(compiled, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("clean on") == len(OFFERS)
+    assert done.stdout.count("clean on") >= len(OFFERS)

@@ -20,7 +20,6 @@ from ..portable import (
     stem_tail_backward,
     transition_backward,
 )
-from ..portable.batch_norm import zero_stats
 from .library import DTYPES, DenseBlockArgs, Library, NormArgs, PoolArgs, TransitionArgs, load
 from .packing import packed
 
@@ -47,10 +46,13 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) ->
     out = empty_channels_last((n, layers.output_channels, h, w), store, x.device)
     weights = packed(library, layers.conv1_weight + layers.conv2_weight, dtype)
     first, second = weights[: layers.num_layers], weights[layers.num_layers :]
-    unread = zero_stats((0,), store, x.device)
-    norms = [layers.norm1(i, unread) for i in range(layers.num_layers)]
-    norms += [layers.norm2(i, unread) for i in range(len(second))]
-    norm_args = _NormArgs(norms)
+    norm_args = _NormArgs(
+        layers.norm1_weight + layers.norm2_weight,
+        layers.norm1_bias + layers.norm2_bias,
+        layers.norm1_running_mean + layers.norm2_running_mean,
+        layers.norm1_running_var + layers.norm2_running_var,
+        layers.norm1_eps + layers.norm2_eps,
+    )
     library.run(
         "dense_block",
         DenseBlockArgs(
@@ -82,7 +84,7 @@ def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Ten
     pixels = _pixels(x, x.dtype)
     out = empty_channels_last((n, len(weight), h // 2, w // 2), dtype, x.device)
     (conv,) = packed(library, [weight], dtype)
-    norm_args = _NormArgs([norm])
+    norm_args = _NormArgs.of(norm)
     library.run(
         "transition",
         TransitionArgs(
@@ -120,7 +122,7 @@ def head(x: Tensor, norm: Norm) -> Tensor:
 
 def _pool(name: str, x: Tensor, norm: Norm, out: Tensor) -> None:
     n, c, h, w = x.shape
-    pixels, norm_args = _pixels(x, x.dtype), _NormArgs([norm])
+    pixels, norm_args = _pixels(x, x.dtype), _NormArgs.of(norm)
     _library().run(
         name,
         PoolArgs(
@@ -165,17 +167,30 @@ class _NormArgs:
         dtype: the number of the dtype of all their vectors.
     """
 
-    def __init__(self, norms: list[Norm]):
-        vectors = [vector for norm in norms for vector in norm[:4]]
-        dtypes = {vector.dtype for vector in vectors}
+    def __init__(
+        self,
+        weights: list[Tensor],
+        biases: list[Tensor],
+        means: list[Tensor],
+        variances: list[Tensor],
+        eps: list[float],
+    ):
+        columns = [weights, biases, means, variances]
+        dtypes = {vector.dtype for vectors in columns for vector in vectors}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         if dtype not in DTYPES:
             dtype = torch.float32
-        self._vectors = [v if v.dtype == dtype and v.is_contiguous() else v.to(dtype).contiguous() for v in vectors]
+        self._columns = [
+            [v if v.dtype == dtype and v.is_contiguous() else v.to(dtype).contiguous() for v in vectors]
+            for vectors in columns
+        ]
         self.dtype = DTYPES[dtype]
-        pointers = iter([vector.data_ptr() for vector in self._vectors])
-        fields = zip(pointers, pointers, pointers, pointers, norms, strict=True)
-        self.array = (NormArgs * len(norms))(*[NormArgs(*four, norm.eps) for *four, norm in fields])
+        pointers = [[vector.data_ptr() for vector in vectors] for vectors in self._columns]
+        self.array = (NormArgs * len(eps))(*map(NormArgs, *pointers, eps))
+
+    @staticmethod
+    def of(norm: Norm) -> _NormArgs:
+        return _NormArgs([norm.weight], [norm.bias], [norm.mean], [norm.var], [norm.eps])
 
     def array_from(self, start: int) -> Array[NormArgs] | None:
         count = len(self.array) - start

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_char_p, c_double, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,10 +33,10 @@ class NormArgs(Structure):
 class WeightArgs(Structure):
     """``Weight`` of ``src/abi.h``."""
 
-    _fields_ = (
-        ("data", c_void_p),
-        *((name, c_int64) for name in ("out", "in_", "size", "stride_out", "stride_in", "stride_h", "stride_w")),
-        ("dtype", c_int32),
+    _fields_: ClassVar[Any] = (
+        [("data", c_void_p)]
+        + [(name, c_int64) for name in ("out", "in_", "size", "stride_out", "stride_in", "stride_h", "stride_w")]
+        + [("dtype", c_int32)]
     )
 
 
@@ -137,9 +138,9 @@ def load() -> Library | str:
 
 
 @functools.cache
-def offered() -> dict[str, Library] | str:
-    """The library on each instruction set of this CPU, best first, or why there is none."""
-    files = [path for path in Path(__file__).parent.glob("_library*") if path.suffix in (".so", ".dylib")]
+def offered(folder: Path = Path(__file__).parent) -> dict[str, Library] | str:
+    """The library in ``folder`` on each instruction set of this CPU, best first, or why there is none."""
+    files = [path for path in folder.glob("_library*") if path.suffix in (".so", ".dylib")]
     if not files:
         return "its C++ was not compiled: fastdense was installed without a C++ compiler, or not for x86-64"
     try:

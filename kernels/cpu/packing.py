@@ -6,40 +6,53 @@ at the speed of memory. Version counters and addresses would miss writes through
 
 from __future__ import annotations
 
+import functools
+import weakref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .library import DTYPES, Library
 
 
 class _Packed(NamedTuple):
+    weight: weakref.ref[Tensor]
     state: tuple[object, ...]  # fingerprint, shape, strides, dtype of the weight it was made from
     memory: Tensor
 
 
-_packed: dict[tuple[str, torch.dtype], WeakIdKeyDictionary] = {}
-"""By instruction set and the dtype that results are rounded to: weight -> its packed form."""
+_packed: dict[tuple[str, torch.dtype], dict[int, _Packed]] = {}
+"""By instruction set and the dtype that results are rounded to: a weight's id -> its packed form."""
 
 
 def packed(library: Library, weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Each weight as the kernels read it, packed now only where it has changed."""
-    known = _packed.setdefault((library.isa, dtype), WeakIdKeyDictionary())
+    known = _packed.setdefault((library.isa, dtype), {})
     dense = [_dense(w) for w in weights]
     states = [(mark, w.shape, w.stride(), w.dtype) for mark, w in zip(library.fingerprints(dense), dense, strict=True)]
-    result = [known.get(w) for w in weights]
-    stale = [i for i, old in enumerate(result) if old is None or old.state != states[i]]
+    entries = [known.get(id(w)) for w in weights]
+    stale = [
+        i
+        for i, (entry, weight, state) in enumerate(zip(entries, weights, states, strict=True))
+        if entry is None or entry.weight() is not weight or entry.state != state
+    ]
     if stale:
         for i, memory in zip(stale, library.pack([dense[i] for i in stale], dtype), strict=True):
-            result[i] = known[weights[i]] = _Packed(states[i], memory)
-    return [entry.memory for entry in result]
+            weight = weights[i]
+            reference = weakref.ref(weight, functools.partial(_forget, known, id(weight)))
+            entries[i] = known[id(weight)] = _Packed(reference, states[i], memory)
+    return [entry.memory for entry in entries if entry is not None]
+
+
+def _forget(known: dict[int, _Packed], key: int, reference: weakref.ref[Tensor]) -> None:
+    """A weight has died; its id may be another's by now."""
+    if key in known and known[key].weight is reference:
+        del known[key]
 
 
 def _dense(weight: Tensor) -> Tensor:
     """The weight itself where its bytes are in one piece and of a dtype that C++ reads, else a copy."""
-    weight = weight.detach()
     if weight.dtype not in DTYPES:
         weight = weight.float()
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)

@@ -14,8 +14,12 @@ struct Isa {
   static constexpr int kLanes = 8;
   static constexpr int kRows = 6;    // 6 x 2 accumulators, 2 of B and a broadcast: 15 of 16 registers
   static constexpr int kPanel = 16;
-  static constexpr int kAlign = 8;
-  static constexpr int kSlackPixels = 0;
+  template <class Word>
+  static constexpr int kAlign = 8;    // channels are padded to a multiple of it
+  static constexpr int kRowBlock = 1;  // rows of a product are padded to a multiple of it, with anything
+  static constexpr int kStrip = 48;    // pixels whose prologue is made at once
+  static constexpr int kRun = 1;       // pixels that one product of a 3x3 should have: rows of the image, padding and all
+  struct Session {};                   // what a thread must hold while it multiplies
   static constexpr bool kHasBFloat16 = false;
 
   static Vector zero() { return _mm256_setzero_ps(); }
@@ -83,6 +87,7 @@ struct Isa {
   }
 };
 
+#include "gemm.h"
 #include "kernels.h"
 }  // namespace avx2
 

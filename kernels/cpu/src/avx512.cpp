@@ -13,6 +13,7 @@ struct Isa : Avx512 {
   static constexpr const char* kName = "avx512";
 };
 
+#include "gemm.h"
 #include "kernels.h"
 }  // namespace avx512
 

@@ -8,23 +8,13 @@
 namespace fastdense {
 namespace avx512_bf16 {
 #include "avx512_vectors.h"
+#include "avx512_bf16_vectors.h"
 
-struct Isa : Avx512 {
+struct Isa : Avx512BFloat16 {
   static constexpr const char* kName = "avx512_bf16";
-  static constexpr bool kHasBFloat16 = true;
-
-  using Avx512::broadcast_word;
-  using Avx512::load_words;
-  using Avx512::multiply_words;
-  using Avx512::store;
-  static __m512bh load_words(const BFloat16Word* p) { return (__m512bh)_mm512_load_si512(p); }
-  static __m512bh broadcast_word(const BFloat16Word* p) { return (__m512bh)_mm512_set1_epi32(p->pair); }
-  static Vector multiply_words(__m512bh a, __m512bh b, Vector c) { return _mm512_dpbf16_ps(c, a, b); }
-  static void store(BFloat16* p, Vector v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
-  }
 };
 
+#include "gemm.h"
 #include "kernels.h"
 }  // namespace avx512_bf16
 

@@ -7,8 +7,12 @@ struct Avx512 {
   static constexpr int kLanes = 16;
   static constexpr int kRows = 14;    // 14 x 2 accumulators, 2 of B and a broadcast: 31 of 32 registers
   static constexpr int kPanel = 32;
-  static constexpr int kAlign = 16;   // channels are padded to a multiple
-  static constexpr int kSlackPixels = 0;
+  template <class Word>
+  static constexpr int kAlign = 16;    // channels are padded to a multiple of it
+  static constexpr int kRowBlock = 1;  // rows of a product are padded to a multiple of it, with anything
+  static constexpr int kStrip = 56;    // pixels whose prologue is made at once
+  static constexpr int kRun = 1;       // pixels that one product of a 3x3 should have: rows of the image, padding and all
+  struct Session {};                   // what a thread must hold while it multiplies
   static constexpr bool kHasBFloat16 = false;
 
   static Vector zero() { return _mm512_setzero_ps(); }

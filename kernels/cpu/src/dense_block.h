@@ -22,8 +22,8 @@ struct Scratch {
 template <class Store, class Round, class Word>
 class DenseBlock {
   using Element = typename Word::Element;
-  static constexpr int64_t kStrip = 4 * Isa::kRows;  // pixels whose prologue is made at once
-  static constexpr int64_t kDepth = 128;             // channels that one multiply sums over
+  static constexpr int64_t kStrip = Isa::kStrip;  // pixels whose prologue is made at once
+  static constexpr int64_t kDepth = 256;             // channels that one multiply sums over
   static constexpr int64_t kTiles = 2 * Isa::kRows;  // 2x2 tiles that are transformed at once
   static constexpr int64_t kFewPixels = 196;         // below which several images share each reading of a weight
 
@@ -37,7 +37,7 @@ class DenseBlock {
         x_(static_cast<const Store*>(args.x)),
         out_(static_cast<Store*>(args.out)) {
     const int64_t widest = has_bottleneck_ ? p_.bottleneck_channels : channels_ - p_.growth_rate;
-    u_channels_ = padded(widest);
+    u_channels_ = padded<Word>(widest);
     u_width_ = (kIsWinograd<Word> ? round_up(p_.width, 2) : p_.width) + 2;
     u_height_ = (kIsWinograd<Word> ? round_up(p_.height, 2) : p_.height) + 2;
     make_affines();
@@ -61,7 +61,7 @@ class DenseBlock {
     int64_t size = 0;
     for (int64_t layer = 0; layer < p_.layers; ++layer) {
       offsets_[2 * layer] = size;
-      size += 2 * padded(channels(layer));
+      size += 2 * padded<Word>(channels(layer));
       offsets_[2 * layer + 1] = size;
       size += has_bottleneck_ ? 2 * u_channels_ : 0;
     }
@@ -69,8 +69,8 @@ class DenseBlock {
     for (int64_t layer = 0; layer < p_.layers; ++layer) {
       float* first = vectors + offsets_[2 * layer];
       const int64_t c = channels(layer);
-      affine(p_.norm1[layer], p_.norm_dtype, c, padded(c), first, first + padded(c));
-      norm1_.push_back({first, first + padded(c)});
+      affine(p_.norm1[layer], p_.norm_dtype, c, padded<Word>(c), first, first + padded<Word>(c));
+      norm1_.push_back({first, first + padded<Word>(c)});
       if (!has_bottleneck_) continue;
       float* second = vectors + offsets_[2 * layer + 1];
       affine(p_.norm2[layer], p_.norm_dtype, p_.bottleneck_channels, u_channels_, second, second + u_channels_);
@@ -82,8 +82,8 @@ class DenseBlock {
 
   void run_images(int64_t image, int64_t count, const Team& team) {
     static thread_local Buffer bottleneck;
-    // a row of three taps may read past the last pixel, where a tile has more rows than the image
-    const int64_t size = (count * u_height_ * u_width_ + Isa::kSlackPixels) * u_channels_;
+    // a product whose rows are padded reads past the last pixel
+    const int64_t size = (count * u_height_ * u_width_ + Isa::kRowBlock - 1) * u_channels_;
     Element* const u = bottleneck.get<Element>(size);
     std::memset(static_cast<void*>(u), 0, size * sizeof(Element));
     const int64_t rows = count * pixels_;
@@ -93,7 +93,10 @@ class DenseBlock {
       if constexpr (kIsWinograd<Word>) {
         winograd(layer, image, count, u, team);
       } else {
-        team.run(count * p_.height, [&](int64_t begin, int64_t end) { convolve(layer, image, begin, end, u); });
+        team.run(count * p_.height, [&](int64_t begin, int64_t end) {
+          const typename Isa::Session session;
+          convolve(layer, image, begin, end, u);
+        });
       }
     }
   }
@@ -115,6 +118,7 @@ class DenseBlock {
   void make_u(int64_t layer, int64_t image, int64_t rows, Element* u, const Team& team) {
     const int64_t strips = team.pieces(rows, kStrip);
     team.run(strips, [&](int64_t begin, int64_t end) {
+      const typename Isa::Session session;
       for (int64_t strip = begin; strip < end; ++strip) {
         const int64_t first = rows * strip / strips, last = rows * (strip + 1) / strips;
         if (has_bottleneck_) {
@@ -131,9 +135,9 @@ class DenseBlock {
   void bottleneck_strip(int64_t layer, int64_t x_row, int64_t u_row, int64_t rows, Element* u) {
     constexpr int e = Word::kElements;
     Scratch& scratch = Scratch::of_this_thread();
-    const int64_t c = channels(layer), k = padded(c), columns = round_up(p_.bottleneck_channels, Isa::kLanes);
-    Element* const z = scratch.z.get<Element>(round_up(rows, Isa::kRows) * kDepth);
-    float* const h = scratch.product.get<float>(round_up(rows, Isa::kRows) * columns);
+    const int64_t c = channels(layer), k = padded<Word>(c), columns = round_up(p_.bottleneck_channels, Isa::kLanes);
+    Element* const z = scratch.z.get<Element>(round_up(rows, Isa::kRowBlock) * kDepth);
+    float* const h = scratch.product.get<float>(round_up(rows, Isa::kRowBlock) * columns);
     const auto* w = static_cast<const Word*>(p_.conv1[layer]);
     for (int64_t start = 0; start < k; start += kDepth) {
       const int64_t depth = std::min(kDepth, k - start);
@@ -144,27 +148,34 @@ class DenseBlock {
       gemm<Word>({reinterpret_cast<const Word*>(z), depth / e, rows}, {w, k / e, columns, start / e, depth / e}, h,
                  start > 0);
     }
-    for (int64_t row = 0; row < rows; ++row)
-      affine_relu_row(h + row * columns, norm2_[layer], columns, u_channels_,
-                      u + u_pixel(u_row + row) * u_channels_);
+    int64_t x = u_row % p_.width, pixel = u_pixel(u_row);
+    for (int64_t row = 0; row < rows; ++row, ++x, ++pixel) {
+      if (x == p_.width) x = 0, pixel = u_pixel(u_row + row);
+      affine_relu_row(h + row * columns, norm2_[layer], columns, u_channels_, u + pixel * u_channels_);
+    }
   }
 
-  // Rows of pixels of the images at hand, tap by tap.
+  // Rows of pixels of the images at hand, tap by tap. A product may run over several rows: what it makes of the
+  // padding between them is not used.
   void convolve(int64_t layer, int64_t image, int64_t first_row, int64_t last_row, const Element* u) {
     constexpr int e = Word::kElements;
     const int64_t k = u_layer_channels(layer) / e, columns = round_up(p_.growth_rate, Isa::kLanes);
     const int64_t pixel = u_channels_ / e;  // in words
+    const int64_t together = std::max<int64_t>(1, Isa::kRun / u_width_);
     const auto* w = reinterpret_cast<const Word*>(static_cast<const Element*>(p_.conv3[layer]));
-    float* const y = Scratch::of_this_thread().row.get<float>(p_.width * columns);
-    for (int64_t row = first_row; row < last_row; ++row) {
+    float* const y = Scratch::of_this_thread().row.get<float>(round_up(together * u_width_, Isa::kRowBlock) * columns);
+    for (int64_t row = first_row, count; row < last_row; row += count) {
+      count = std::min({together, last_row - row, p_.height - row % p_.height});
       const auto* top = reinterpret_cast<const Word*>(u) +
                         (row / p_.height * u_height_ + row % p_.height) * u_width_ * pixel;
       for (int64_t dy = 0; dy < 3; ++dy)
-        gemm<Word>({top + dy * u_width_ * pixel, pixel, p_.width, 3, pixel},
+        gemm<Word>({top + dy * u_width_ * pixel, pixel, (count - 1) * u_width_ + p_.width, 3, pixel},
                    {w + dy * 3 * k * columns, 3 * k, columns, 0, k}, y, dy > 0);
-      Store* const target = out_ + (image * pixels_ + row * p_.width) * channels_ + channels(layer);
-      for (int64_t x = 0; x < p_.width; ++x)
-        store_row<Round>(y + x * columns, p_.growth_rate, target + x * channels_);
+      for (int64_t i = 0; i < count; ++i) {
+        Store* const target = out_ + (image * pixels_ + (row + i) * p_.width) * channels_ + channels(layer);
+        for (int64_t x = 0; x < p_.width; ++x)
+          store_row<Round>(y + (i * u_width_ + x) * columns, p_.growth_rate, target + x * channels_);
+      }
     }
   }
 
@@ -257,7 +268,7 @@ class DenseBlock {
     return Isa::is_zero(sum);
   }
 
-  int64_t u_layer_channels(int64_t layer) const { return has_bottleneck_ ? u_channels_ : padded(channels(layer)); }
+  int64_t u_layer_channels(int64_t layer) const { return has_bottleneck_ ? u_channels_ : padded<Word>(channels(layer)); }
 
   const DenseBlockArgs& p_;
   const Team team_;

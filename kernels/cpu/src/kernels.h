@@ -1,8 +1,7 @@
 // The kernels of one instruction set: everything above it, for each element type.
 //
-// Included by each instruction set's file, inside namespace fastdense::FASTDENSE_ISA, after its Isa.
+// Included by each instruction set's file, inside namespace fastdense::FASTDENSE_ISA, after its Isa and gemm.
 
-#include "gemm.h"
 #include "norm.h"
 #include "pack.h"
 #include "dense_block.h"

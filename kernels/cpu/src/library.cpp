@@ -5,6 +5,14 @@
 #include "abi.h"
 #include "team.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #if defined(_WIN32)
 #define FASTDENSE_EXPORT extern "C" __declspec(dllexport)
 #else
@@ -23,10 +31,25 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_amx() {
+#if defined(FASTDENSE_EMULATE_AMX)
+  return has_avx512_bf16();
+#elif defined(__linux__)
+  unsigned a, b, c, d;
+  constexpr unsigned kTiles = 1u << 24, kBFloat16Tiles = 1u << 22;
+  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if ((d & kTiles) == 0 || (d & kBFloat16Tiles) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // Linux gives a process its tiles when asked
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
 bool has_avx512_bf16() { return false; }
+bool has_amx() { return false; }
 #endif
 
 struct Candidate {
@@ -35,6 +58,7 @@ struct Candidate {
 };
 
 constexpr Candidate kCandidates[] = {  // best first
+    {has_amx, amx_kernels},
     {has_avx512_bf16, avx512_bf16_kernels},
     {has_avx512, avx512_kernels},
     {has_avx2, avx2_kernels},

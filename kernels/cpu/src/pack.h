@@ -14,14 +14,17 @@
 template <class Word>
 constexpr bool kIsWinograd = std::is_same_v<Word, FloatWord>;
 
-inline int64_t padded(int64_t channels) { return round_up(channels, Isa::kAlign); }
+template <class Word>
+int64_t padded(int64_t channels) {
+  return round_up(channels, Isa::template kAlign<Word>);
+}
 
 template <class Word>
 class Packer {
   using Element = typename Word::Element;
 
  public:
-  explicit Packer(const Weight& w) : w_(w), in_(padded(w.in)), columns_(round_up(w.out, Isa::kLanes)) {}
+  explicit Packer(const Weight& w) : w_(w), in_(padded<Word>(w.in)), columns_(round_up(w.out, Isa::kLanes)) {}
 
   int64_t bytes() const {
     const int64_t taps = w_.size * w_.size, places = w_.size == 3 && kIsWinograd<Word> ? 16 : 0;

@@ -6,11 +6,11 @@
 template <class Store, class Round, class Word>
 void transition(const TransitionArgs& p, ParallelFor parallel_for) {
   using Element = typename Word::Element;
-  constexpr int64_t kStrip = 2 * Isa::kRows, kDepth = 128;
+  constexpr int64_t kStrip = Isa::kStrip, kDepth = 256;
   constexpr int e = Word::kElements;
   const Team team{parallel_for, p.threads};
   const int64_t height = p.height / 2, width = p.width / 2, pixels = p.images * height * width;
-  const int64_t k = padded(p.channels), columns = round_up(p.out_channels, Isa::kLanes);
+  const int64_t k = padded<Word>(p.channels), columns = round_up(p.out_channels, Isa::kLanes);
   Buffer vectors;
   float* const scale = vectors.get<float>(2 * k);
   affine(p.norm, p.norm_dtype, p.channels, k, scale, scale + k);
@@ -34,11 +34,12 @@ void transition(const TransitionArgs& p, ParallelFor parallel_for) {
 
   const int64_t strips = team.pieces(pixels, kStrip);
   team.run(strips, [&](int64_t begin, int64_t end) {
+    const typename Isa::Session session;
     Scratch& scratch = Scratch::of_this_thread();
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t first = pixels * strip / strips, rows = pixels * (strip + 1) / strips - first;
-      Element* const z = scratch.z.get<Element>(kStrip * kDepth);
-      float* const y = scratch.product.get<float>(kStrip * columns);
+      Element* const z = scratch.z.get<Element>(round_up(kStrip, Isa::kRowBlock) * kDepth);
+      float* const y = scratch.product.get<float>(round_up(kStrip, Isa::kRowBlock) * columns);
       for (int64_t start = 0; start < k; start += kDepth) {
         const int64_t depth = std::min(kDepth, k - start);
         for (int64_t row = 0; row < rows; ++row) pooled(first + row, start, depth, z + row * depth);
@@ -54,7 +55,7 @@ void transition(const TransitionArgs& p, ParallelFor parallel_for) {
 // out = maxpool3x3/2(relu(affine(x))).
 template <class Store>
 void stem_tail(const PoolArgs& p, ParallelFor parallel_for) {
-  const int64_t height = (p.height + 1) / 2, width = (p.width + 1) / 2, c_padded = padded(p.channels);
+  const int64_t height = (p.height + 1) / 2, width = (p.width + 1) / 2, c_padded = round_up(p.channels, Isa::kLanes);
   Buffer vectors;
   float* const scale = vectors.get<float>(2 * c_padded);
   affine(p.norm, p.norm_dtype, p.channels, c_padded, scale, scale + c_padded);
@@ -87,7 +88,7 @@ void stem_tail(const PoolArgs& p, ParallelFor parallel_for) {
 // out = mean over the pixels of relu(affine(x)).
 template <class Store>
 void head(const PoolArgs& p, ParallelFor parallel_for) {
-  const int64_t pixels = p.height * p.width, c_padded = padded(p.channels);
+  const int64_t pixels = p.height * p.width, c_padded = round_up(p.channels, Isa::kLanes);
   Buffer vectors;
   float* const scale = vectors.get<float>(2 * c_padded);
   affine(p.norm, p.norm_dtype, p.channels, c_padded, scale, scale + c_padded);
