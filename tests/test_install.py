@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 CHECKOUT = Path(__file__).parents[1]
+HAS_COMPILER = platform.machine() == "x86_64" and shutil.which("g++") is not None
 FOLDERS = {
     "fastdense": Path("fastdense"),
     "kernels": Path("fastdense/kernels"),
@@ -35,12 +37,16 @@ OPTIONAL = ("triton", "torchvision", "rich", "matplotlib", "sklearn", "scikit_le
 """What the bare machine does not have, as its files are named; fastdense itself is installed there anew."""
 
 
+LIBRARY = {"fastdense/kernels/cpu/_library.abi3.so"} if HAS_COMPILER else set()
+"""What is compiled, where it can be."""
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy to build in, as from version control."""
     copy = tmp_path_factory.mktemp("checkout")
     for folder in FOLDERS:
-        shutil.copytree(CHECKOUT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(CHECKOUT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(CHECKOUT / file, copy)
     return copy
@@ -116,7 +122,12 @@ def modules_in(wheel: Path) -> set[str]:
 def test_wheel_holds_every_module_and_nothing_else(wheel, checkout):
     expected = modules_of(checkout)
     assert {"fastdense/kernels/portable/__init__.py", "fastdense/benchmarks/__init__.py"} < expected
-    assert modules_in(wheel) == expected
+    assert modules_in(wheel) == expected | LIBRARY
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs g++ and x86-64")
+def test_one_wheel_serves_every_python(wheel):
+    assert "-cp310-abi3-" in wheel.name
 
 
 def test_wheel_metadata(wheel):
@@ -153,8 +164,12 @@ def test_builds_where_only_setuptools_is_installed(checkout, wheel, tmp_path):
     with tarfile.open(tmp_path / sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     unpacked = tmp_path / sdist.removesuffix(".tar.gz")
+    sources = Path("kernels/cpu/src")
+    assert {file.name for file in (unpacked / sources).iterdir()} == {
+        file.name for file in (checkout / sources).iterdir()
+    }
     rebuilt = run_alone(BUILD, [only], unpacked, "wheel", str(tmp_path)).splitlines()[-1]
-    assert modules_in(tmp_path / rebuilt) == modules_in(wheel)
+    assert modules_in(tmp_path / rebuilt) == modules_in(wheel) - LIBRARY  # there is no compiler either
 
 
 def test_building_requires_setuptools_alone():
@@ -231,6 +246,18 @@ def test_status_says_what_is_missing_and_why(used):
     assert status[f"backend {chosen}"]["state"] == "available"
     assert used["exit_code"] == 0
     assert all(item in used["printed"] for item in status)
+
+
+def test_without_a_compiler(installed, bare, tmp_path):
+    """The portable kernels serve, and the status says why."""
+    partial = tmp_path / "site"
+    shutil.copytree(installed, partial, ignore=shutil.ignore_patterns("*.so"))
+    used = json.loads(run_alone(USE, [partial, bare], tmp_path).splitlines()[-1])
+    status = used["status"]
+    assert status["backend cpu"]["state"] == "unavailable"
+    assert "compiler" in status["backend cpu"]["note"]
+    assert status["chosen for cpu"]["state"] == "torch"
+    assert used["losses"] == sorted(used["losses"], reverse=True)
 
 
 def test_weights_by_name_need_torchvision(used):

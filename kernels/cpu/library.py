@@ -12,7 +12,6 @@ import os
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_char_p, c_double, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ class NormArgs(Structure):
 class WeightArgs(Structure):
     """``Weight`` of ``src/abi.h``."""
 
-    _fields_: ClassVar[Any] = (
+    _fields_ = (  # type: ignore[assignment]
         [("data", c_void_p)]
         + [(name, c_int64) for name in ("out", "in_", "size", "stride_out", "stride_in", "stride_h", "stride_w")]
         + [("dtype", c_int32)]

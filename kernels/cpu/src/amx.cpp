@@ -15,8 +15,6 @@ namespace amx {
 
 struct Isa : Avx512BFloat16 {
   static constexpr const char* kName = "amx";
-  template <class Word>
-  static constexpr int kAlign = std::is_same_v<Word, BFloat16Word> ? 32 : 16;  // a tile's row of A is 64 bytes
   static constexpr int kRowBlock = 16;
   static constexpr int kStrip = 64;  // pixels; with fewer, B comes from L2 faster than it can
   static constexpr int kRun = 64;

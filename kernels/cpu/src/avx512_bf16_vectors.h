@@ -4,6 +4,8 @@
 
 struct Avx512BFloat16 : Avx512 {
   static constexpr bool kHasBFloat16 = true;
+  template <class Word>
+  static constexpr int kAlign = std::is_same_v<Word, BFloat16Word> ? 32 : 16;  // a vector, or a tile's row, of pairs
 
   using Avx512::broadcast_word;
   using Avx512::load_words;
@@ -14,5 +16,22 @@ struct Avx512BFloat16 : Avx512 {
   static Vector multiply_words(__m512bh a, __m512bh b, Vector c) { return _mm512_dpbf16_ps(c, a, b); }
   static void store(BFloat16* p, Vector v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+  }
+
+  // 32 bfloat16 as 16 pairs, whose halves become floats without unpacking.
+  using Pairs = __m512i;
+  static Pairs load_pairs(const BFloat16* p) { return _mm512_loadu_si512(p); }
+  static Pairs load_pairs_part(const BFloat16* p, int64_t count) {
+    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << count) - 1), p);
+  }
+  static Vector low(Pairs pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+  static Vector high(Pairs pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+  }
+  static void store_pairs(BFloat16* p, Vector low, Vector high) {
+    alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(order), halves));
   }
 };

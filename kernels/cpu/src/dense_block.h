@@ -22,6 +22,8 @@ struct Scratch {
 template <class Store, class Round, class Word>
 class DenseBlock {
   using Element = typename Word::Element;
+  static constexpr bool kPaired = std::is_same_v<Store, BFloat16> && std::is_same_v<Element, BFloat16>;
+  using Prologue = std::conditional_t<kPaired, PairedAffine, Affine>;
   static constexpr int64_t kStrip = Isa::kStrip;  // pixels whose prologue is made at once
   static constexpr int64_t kDepth = 256;             // channels that one multiply sums over
   static constexpr int64_t kTiles = 2 * Isa::kRows;  // 2x2 tiles that are transformed at once
@@ -70,6 +72,10 @@ class DenseBlock {
       float* first = vectors + offsets_[2 * layer];
       const int64_t c = channels(layer);
       affine(p_.norm1[layer], p_.norm_dtype, c, padded<Word>(c), first, first + padded<Word>(c));
+      if constexpr (kPaired) {
+        PairedAffine::arrange(first, padded<Word>(c));
+        PairedAffine::arrange(first + padded<Word>(c), padded<Word>(c));
+      }
       norm1_.push_back({first, first + padded<Word>(c)});
       if (!has_bottleneck_) continue;
       float* second = vectors + offsets_[2 * layer + 1];
@@ -141,7 +147,7 @@ class DenseBlock {
     const auto* w = static_cast<const Word*>(p_.conv1[layer]);
     for (int64_t start = 0; start < k; start += kDepth) {
       const int64_t depth = std::min(kDepth, k - start);
-      const Affine norm{norm1_[layer].scale + start, norm1_[layer].shift + start};
+      const Prologue norm{norm1_[layer].scale + start, norm1_[layer].shift + start};
       for (int64_t row = 0; row < rows; ++row)
         affine_relu_row(out_ + (x_row + row) * channels_ + start, norm, std::min(depth, c - start), depth,
                         z + row * depth);
@@ -279,5 +285,6 @@ class DenseBlock {
   int64_t u_channels_, u_width_, u_height_;
   Buffer vectors_;
   std::vector<int64_t> offsets_;
-  std::vector<Affine> norm1_, norm2_;
+  std::vector<Prologue> norm1_;
+  std::vector<Affine> norm2_;
 };

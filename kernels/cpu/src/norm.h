@@ -51,6 +51,34 @@ inline void affine_relu_row(const Store* x, const Affine& norm, int64_t channels
   for (; c < padded; c += Isa::kLanes) Isa::store(z + c, Isa::zero());
 }
 
+// The same for bfloat16 to bfloat16, two neighbouring channels in one 32-bit lane: of each 2 * kLanes channels, the
+// vectors have the even ones first. A third fewer instructions, in what is half as long as the multiply.
+struct PairedAffine {
+  const float* scale;
+  const float* shift;
+
+  static void arrange(float* vector, int64_t padded) {
+    float even_odd[2 * Isa::kLanes];
+    for (float* part = vector; part < vector + padded; part += 2 * Isa::kLanes) {
+      for (int i = 0; i < 2 * Isa::kLanes; ++i) even_odd[i / 2 + i % 2 * Isa::kLanes] = part[i];
+      std::memcpy(part, even_odd, sizeof(even_odd));
+    }
+  }
+
+  Vector operator()(Vector x, int64_t at) const { return Affine{scale, shift}(x, at); }
+};
+
+template <class I = Isa>
+inline void affine_relu_row(const BFloat16* x, const PairedAffine& norm, int64_t channels, int64_t padded,
+                            BFloat16* z) {
+  constexpr int64_t kPairs = 2 * I::kLanes;
+  for (int64_t c = 0; c < padded; c += kPairs) {
+    const int64_t left = std::max<int64_t>(0, channels - c);
+    const auto pairs = left >= kPairs ? I::load_pairs(x + c) : I::load_pairs_part(x + c, left);
+    I::store_pairs(z + c, norm(I::low(pairs), c), norm(I::high(pairs), c + I::kLanes));
+  }
+}
+
 // Rounds to `Round` and stores `channels` floats as `Store`.
 template <class Round, class Store>
 inline void store_row(const float* c, int64_t channels, Store* y) {
