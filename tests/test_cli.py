@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import fastdense
 from fastdense import cli, parity
 from fastdense.kernels import portable
 
@@ -56,7 +57,8 @@ def test_verify_fails_when_the_kernels_are_wrong(capsys, photographs, monkeypatc
         return grads._replace(norm_bias=grads.norm_bias * 1.001)
 
     monkeypatch.setattr(portable, "head_backward", wrong)
-    assert cli.main([*VERIFY, "--dtype", "fp32"]) == 1
+    with fastdense.use_backend("torch"):
+        assert cli.main([*VERIFY, "--dtype", "fp32"]) == 1
     result = json.loads(capsys.readouterr().out)
     failed = [name for line in result["lines"] for name in line["failed"]]
     assert failed == ["grad features.norm5.bias"]

@@ -13,6 +13,7 @@ from torch.nn.utils import prune as prune_module
 
 import fastdense
 from fastdense import FallbackWarning, backends, reference
+from fastdense.kernels.cpu import library as cpu_library
 
 
 @pytest.fixture
@@ -257,10 +258,9 @@ def test_wrong_and_unavailable_backends(pair, x):
     with pytest.raises(ValueError, match="backend must be one of auto, triton, cpu, torch, reference, got 'cuda'"):
         fastdense.use_backend("cuda").__enter__()
     _, fast = pair
-    with fastdense.use_backend("cpu"), pytest.raises(RuntimeError, match="'cpu' was asked for, but"):
-        fast(x)
-    with fastdense.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' was asked for, but"):
-        fast.double()(x.double())
+    for name in ("cpu", "triton"):
+        with fastdense.use_backend(name), pytest.raises(RuntimeError, match=f"'{name}' was asked for, but"):
+            fast.double()(x.double())
     assert is_fast(fast.float(), x)
 
 
@@ -281,17 +281,23 @@ def test_environment_variable(value, printed):
     assert result.stdout.startswith(printed)
 
 
-def test_status_says_what_and_why():
+def test_status_says_what_and_why(monkeypatch):
     status = fastdense.status()
     rows = status.as_dict()
     assert rows["fastdense"]["state"] == fastdense.__version__
     assert rows["backend torch"]["state"] == "available"
-    assert rows["backend cpu"] == {"state": "unavailable", "note": "this version has no C++ kernels yet"}
     assert "Triton" in rows["backend triton"]["note"]
-    assert rows["chosen for cpu"] == {"state": "torch", "note": "automatic"}
+    found = cpu_library.load()
+    if isinstance(found, str):
+        assert rows["backend cpu"] == {"state": "unavailable", "note": found}
+    else:
+        assert rows["backend cpu"] == {"state": "available", "note": f"C++ kernels for x86, on {found.isa}"}
+    assert rows["chosen for cpu"] == {"state": "torch" if isinstance(found, str) else "cpu", "note": "automatic"}
     assert "backend reference" in str(status)
     with fastdense.use_backend("reference"):
         assert fastdense.status().as_dict()["chosen for cpu"]["state"] == "reference"
-    with fastdense.use_backend("cpu"):
-        assert "was asked for" in fastdense.status().as_dict()["chosen for cpu"]["note"]
+    with fastdense.use_backend("triton"), monkeypatch.context() as patch:
+        patch.setitem(backends._REGISTRY, "triton", backends.Backend("triton", None, "it is not here"))
+        note = fastdense.status().as_dict()["chosen for cpu"]["note"]
+    assert note == "backend 'triton' was asked for, but it is not here"
     assert backends.names() == ("auto", "triton", "cpu", "torch", "reference")

@@ -136,8 +136,8 @@ def test_wrong_shapes():
         ops.dense_block(x[:, :2], layers, **run)
     with pytest.raises(ValueError, match="every norm must use running statistics"):
         ops.dense_block_inference(x, layers, dtype=torch.float32, backend="torch")
-    with pytest.raises(ValueError, match=r"no kernels for backend 'cpu'; there are .*torch"):
-        ops.dense_block(x, layers, **{**run, "backend": "cpu"})
+    with pytest.raises(ValueError, match=r"no kernels for backend 'none'; there are .*torch"):
+        ops.dense_block(x, layers, **{**run, "backend": "none"})
     norm = Norm(*[torch.ones(3)] * 4, 1e-5, False)
     with pytest.raises(ValueError, match=r"transition: conv_weight must be \[C', 3, 1, 1\], got shape \[2, 4, 1, 1\]"):
         ops.transition(x, norm, torch.ones(2, 4, 1, 1), dtype=torch.float32, backend="torch")

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_char_p, c_double, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,51 +24,59 @@ _VARIABLE = "FASTDENSE_CPU_ISA"
 """Environment variable: the instruction set to use, instead of the best."""
 
 
+def _fields(*groups: tuple[Any, str]) -> Any:
+    """A struct's fields, from types and the names of those that have them."""
+    return [(name, kind) for kind, names in groups for name in names.split()]
+
+
 class NormArgs(Structure):
     """``Norm`` of ``src/abi.h``."""
 
-    _fields_ = [(name, c_void_p) for name in ("weight", "bias", "mean", "var")] + [("eps", c_double)]
+    _fields_ = _fields((c_void_p, "weight bias mean var"), (c_double, "eps"))
 
 
 class WeightArgs(Structure):
     """``Weight`` of ``src/abi.h``."""
 
-    _fields_ = (  # type: ignore[assignment]
-        [("data", c_void_p)]
-        + [(name, c_int64) for name in ("out", "in_", "size", "stride_out", "stride_in", "stride_h", "stride_w")]
-        + [("dtype", c_int32)]
+    _fields_ = _fields(
+        (c_void_p, "data"),
+        (c_int64, "out in_ size stride_out stride_in stride_h stride_w"),
+        (c_int32, "dtype"),
     )
 
 
 class DenseBlockArgs(Structure):
     """As in ``src/abi.h``."""
 
-    _fields_ = (
-        [(name, c_int64) for name in ("images", "height", "width")]
-        + [(name, c_int64) for name in ("input_channels", "growth_rate", "bottleneck_channels", "layers")]
-        + [("x", c_void_p), ("out", c_void_p), ("norm1", POINTER(NormArgs)), ("norm2", POINTER(NormArgs))]
-        + [("conv1", POINTER(c_void_p)), ("conv3", POINTER(c_void_p))]
-        + [(name, c_int32) for name in ("store", "compute", "norm_dtype", "threads")]
+    _fields_ = _fields(
+        (c_int64, "images height width input_channels growth_rate bottleneck_channels layers"),
+        (c_void_p, "x out"),
+        (POINTER(NormArgs), "norm1 norm2"),
+        (POINTER(c_void_p), "conv1 conv3"),
+        (c_int32, "store compute norm_dtype threads"),
     )
 
 
 class TransitionArgs(Structure):
     """As in ``src/abi.h``."""
 
-    _fields_ = (
-        [(name, c_int64) for name in ("images", "height", "width", "channels", "out_channels")]
-        + [("x", c_void_p), ("out", c_void_p), ("norm", NormArgs), ("conv", c_void_p)]
-        + [(name, c_int32) for name in ("store", "compute", "norm_dtype", "threads")]
+    _fields_ = _fields(
+        (c_int64, "images height width channels out_channels"),
+        (c_void_p, "x out"),
+        (NormArgs, "norm"),
+        (c_void_p, "conv"),
+        (c_int32, "store compute norm_dtype threads"),
     )
 
 
 class PoolArgs(Structure):
     """As in ``src/abi.h``."""
 
-    _fields_ = (
-        [(name, c_int64) for name in ("images", "height", "width", "channels")]
-        + [("x", c_void_p), ("out", c_void_p), ("norm", NormArgs)]
-        + [(name, c_int32) for name in ("store", "norm_dtype", "threads")]
+    _fields_ = _fields(
+        (c_int64, "images height width channels"),
+        (c_void_p, "x out"),
+        (NormArgs, "norm"),
+        (c_int32, "store norm_dtype threads"),
     )
 
 

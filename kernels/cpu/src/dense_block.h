@@ -10,6 +10,7 @@
 
 // Scratch of one thread.
 struct Scratch {
+  Buffer u;         // the bottlenecks of an image, or of several
   Buffer z;         // prologue's output, or the input of Winograd's multiplies
   Buffer product;   // what the multiplies make
   Buffer row;       // a row of pixels of a 3x3
@@ -24,7 +25,7 @@ class DenseBlock {
   using Element = typename Word::Element;
   static constexpr bool kPaired = std::is_same_v<Store, BFloat16> && std::is_same_v<Element, BFloat16>;
   using Prologue = std::conditional_t<kPaired, PairedAffine, Affine>;
-  static constexpr int64_t kStrip = Isa::kStrip;  // pixels whose prologue is made at once
+  static constexpr int64_t kStrip = Isa::kStrip;     // pixels whose prologue is made at once
   static constexpr int64_t kDepth = 256;             // channels that one multiply sums over
   static constexpr int64_t kTiles = 2 * Isa::kRows;  // 2x2 tiles that are transformed at once
   static constexpr int64_t kFewPixels = 196;         // below which several images share each reading of a weight
@@ -48,7 +49,7 @@ class DenseBlock {
   void run() {
     const int64_t threads = std::max<int64_t>(1, team_.threads);
     const int64_t together = p_.images / threads * threads;  // the rest is shared image by image
-    const int64_t group = std::min(std::max<int64_t>(1, kFewPixels / pixels_), std::max<int64_t>(1, p_.images / threads));
+    const int64_t group = std::max<int64_t>(1, std::min(kFewPixels / pixels_, p_.images / threads));
     team_.run(together ? threads : 0, [&](int64_t begin, int64_t end) {
       const int64_t last = together * end / threads;
       for (int64_t image = together * begin / threads; image < last; image += group)
@@ -59,38 +60,32 @@ class DenseBlock {
 
  private:
   void make_affines() {
-    offsets_.resize(2 * p_.layers);
     int64_t size = 0;
+    for (int64_t layer = 0; layer < p_.layers; ++layer)
+      size += 2 * (padded<Word>(channels(layer)) + (has_bottleneck_ ? u_channels_ : 0));
+    float* next = vectors_.get<float>(size);
+    const auto make = [&](const Norm& norm, int64_t channels, int64_t padded_channels) {
+      const Affine made{next, next + padded_channels};
+      affine(norm, p_.norm_dtype, channels, padded_channels, next, next + padded_channels);
+      next += 2 * padded_channels;
+      return made;
+    };
     for (int64_t layer = 0; layer < p_.layers; ++layer) {
-      offsets_[2 * layer] = size;
-      size += 2 * padded<Word>(channels(layer));
-      offsets_[2 * layer + 1] = size;
-      size += has_bottleneck_ ? 2 * u_channels_ : 0;
-    }
-    float* const vectors = vectors_.get<float>(size);
-    for (int64_t layer = 0; layer < p_.layers; ++layer) {
-      float* first = vectors + offsets_[2 * layer];
       const int64_t c = channels(layer);
-      affine(p_.norm1[layer], p_.norm_dtype, c, padded<Word>(c), first, first + padded<Word>(c));
-      if constexpr (kPaired) {
-        PairedAffine::arrange(first, padded<Word>(c));
-        PairedAffine::arrange(first + padded<Word>(c), padded<Word>(c));
-      }
-      norm1_.push_back({first, first + padded<Word>(c)});
-      if (!has_bottleneck_) continue;
-      float* second = vectors + offsets_[2 * layer + 1];
-      affine(p_.norm2[layer], p_.norm_dtype, p_.bottleneck_channels, u_channels_, second, second + u_channels_);
-      norm2_.push_back({second, second + u_channels_});
+      float* const vectors = next;
+      const Affine made = make(p_.norm1[layer], c, padded<Word>(c));
+      if constexpr (kPaired) PairedAffine::arrange(vectors, next - vectors);
+      norm1_.push_back({made.scale, made.shift});
+      if (has_bottleneck_) norm2_.push_back(make(p_.norm2[layer], p_.bottleneck_channels, u_channels_));
     }
   }
 
   int64_t channels(int64_t layer) const { return p_.input_channels + layer * p_.growth_rate; }
 
   void run_images(int64_t image, int64_t count, const Team& team) {
-    static thread_local Buffer bottleneck;
     // a product whose rows are padded reads past the last pixel
     const int64_t size = (count * u_height_ * u_width_ + Isa::kRowBlock - 1) * u_channels_;
-    Element* const u = bottleneck.get<Element>(size);
+    Element* const u = Scratch::of_this_thread().u.get<Element>(size);
     std::memset(static_cast<void*>(u), 0, size * sizeof(Element));
     const int64_t rows = count * pixels_;
     copy_input(image * pixels_, rows, team);
@@ -131,8 +126,8 @@ class DenseBlock {
           bottleneck_strip(layer, image * pixels_ + first, first, last - first, u);
         } else {
           for (int64_t row = first; row < last; ++row)
-            affine_relu_row(out_ + (image * pixels_ + row) * channels_, norm1_[layer], channels(layer), u_channels_,
-                            u + u_pixel(row) * u_channels_);
+            affine_relu_row(out_ + (image * pixels_ + row) * channels_, norm1_[layer], channels(layer),
+                            u_layer_channels(layer), u + u_pixel(row) * u_channels_);
         }
       }
     });
@@ -157,7 +152,7 @@ class DenseBlock {
     int64_t x = u_row % p_.width, pixel = u_pixel(u_row);
     for (int64_t row = 0; row < rows; ++row, ++x, ++pixel) {
       if (x == p_.width) x = 0, pixel = u_pixel(u_row + row);
-      affine_relu_row(h + row * columns, norm2_[layer], columns, u_channels_, u + pixel * u_channels_);
+      affine_relu_row(h + row * columns, norm2_[layer], p_.bottleneck_channels, u_channels_, u + pixel * u_channels_);
     }
   }
 
@@ -284,7 +279,6 @@ class DenseBlock {
   Store* const out_;
   int64_t u_channels_, u_width_, u_height_;
   Buffer vectors_;
-  std::vector<int64_t> offsets_;
   std::vector<Prologue> norm1_;
   std::vector<Affine> norm2_;
 };
