@@ -47,8 +47,9 @@ _INDISPENSABLE = (*_STOCK, FASTDENSE)
 
 _NEEDED = ("matplotlib", "sklearn", "PIL")
 _CALIBRATION_IMAGES, _CALIBRATION_BATCH = 32, 8
-_SETTLE = 0.02
-"""Seconds before each timed call, in which worker threads of the contender before it stop spinning."""
+_SETTLE = 0.1
+"""Seconds before each timed call, in which worker threads of the contender before it stop spinning; ONNX Runtime's
+were seen to slow whatever came 20 ms later by up to 1.6 times."""
 
 
 # -- measuring ------------------------------------------------------------------------------------------------
