@@ -12,7 +12,7 @@ help:  ## this list
 
 install: $(INSTALLED)  ## make the environment
 
-$(INSTALLED): pyproject.toml setup.py
+$(INSTALLED): pyproject.toml setup.py $(wildcard kernels/cpu/src/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -e '.[dev]'
 	touch $@

@@ -1,4 +1,4 @@
-"""C++ kernels for x86: forward at given statistics, chosen at run time for AVX2, AVX-512 and its bfloat16.
+"""C++ kernels for x86: forward at given statistics, chosen at run time for AVX2, AVX-512 and AMX.
 
 What needs a batch's statistics or a gradient is the portable algorithm's. See
 :mod:`fastdense.kernels.contract` for what the functions compute.

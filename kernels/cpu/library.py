@@ -150,7 +150,7 @@ def offered(folder: Path = Path(__file__).parent) -> dict[str, Library] | str:
     """The library in ``folder`` on each instruction set of this CPU, best first, or why there is none."""
     files = [path for path in folder.glob("_library*") if path.suffix in (".so", ".dylib")]
     if not files:
-        return "its C++ was not compiled: fastdense was installed without a C++ compiler, or not for x86-64"
+        return "its C++ was not compiled: fastdense was installed without a C++ compiler (g++), or not for x86-64"
     try:
         library = ctypes.CDLL(str(files[0]))
         parallel_for = ctypes.cast(_torch_library().torch_parallel_for, c_void_p)

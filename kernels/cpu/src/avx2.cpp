@@ -15,16 +15,16 @@ struct Isa {
   static constexpr int kRows = 6;    // 6 x 2 accumulators, 2 of B and a broadcast: 15 of 16 registers
   static constexpr int kPanel = 16;
   template <class Word>
-  static constexpr int kAlign = 8;    // channels are padded to a multiple of it
+  static constexpr int kAlign = 8;     // channels are padded to a multiple of it
   static constexpr int kRowBlock = 1;  // rows of a product are padded to a multiple of it, with anything
   static constexpr int kStrip = 48;    // pixels whose prologue is made at once
-  static constexpr int kRun = 1;       // pixels that one product of a 3x3 should have: rows of the image, padding and all
+  static constexpr int kRun = 1;       // pixels that a product of a 3x3 should have, over rows and their padding
   struct Session {};                   // what a thread must hold while it multiplies
   static constexpr bool kHasBFloat16 = false;
 
   static Vector zero() { return _mm256_setzero_ps(); }
   static Vector broadcast(float v) { return _mm256_set1_ps(v); }
-  static bool is_zero(Vector v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, zero(), _CMP_EQ_OQ)) == 0xff; }  // every lane
+  static bool all_zero(Vector v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, zero(), _CMP_EQ_OQ)) == 0xff; }
   static float first_lane(Vector v) { return _mm256_cvtss_f32(v); }
   static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
   static Vector sub(Vector a, Vector b) { return _mm256_sub_ps(a, b); }

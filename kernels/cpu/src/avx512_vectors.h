@@ -11,13 +11,13 @@ struct Avx512 {
   static constexpr int kAlign = 16;    // channels are padded to a multiple of it
   static constexpr int kRowBlock = 1;  // rows of a product are padded to a multiple of it, with anything
   static constexpr int kStrip = 56;    // pixels whose prologue is made at once
-  static constexpr int kRun = 1;       // pixels that one product of a 3x3 should have: rows of the image, padding and all
+  static constexpr int kRun = 1;       // pixels that a product of a 3x3 should have, over rows and their padding
   struct Session {};                   // what a thread must hold while it multiplies
   static constexpr bool kHasBFloat16 = false;
 
   static Vector zero() { return _mm512_setzero_ps(); }
   static Vector broadcast(float v) { return _mm512_set1_ps(v); }
-  static bool is_zero(Vector v) { return _mm512_cmp_ps_mask(v, zero(), _CMP_EQ_OQ) == 0xffff; }  // every lane
+  static bool all_zero(Vector v) { return _mm512_cmp_ps_mask(v, zero(), _CMP_EQ_OQ) == 0xffff; }
   static float first_lane(Vector v) { return _mm512_cvtss_f32(v); }
   static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
   static Vector sub(Vector a, Vector b) { return _mm512_sub_ps(a, b); }

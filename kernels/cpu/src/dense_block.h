@@ -6,7 +6,7 @@
 // Images are independent: each thread takes its own through all layers while they are in its cache. Where there
 // are fewer images than threads, the threads share each image, one step of a layer after another.
 //
-// Included by each instruction set's file, inside namespace fastdense::FASTDENSE_ISA.
+// Included by each instruction set's file, inside its namespace, after its Isa.
 
 // Scratch of one thread.
 struct Scratch {
@@ -152,7 +152,8 @@ class DenseBlock {
     int64_t x = u_row % p_.width, pixel = u_pixel(u_row);
     for (int64_t row = 0; row < rows; ++row, ++x, ++pixel) {
       if (x == p_.width) x = 0, pixel = u_pixel(u_row + row);
-      affine_relu_row(h + row * columns, norm2_[layer], p_.bottleneck_channels, u_channels_, u + pixel * u_channels_);
+      affine_relu_row(h + row * columns, norm2_[layer], p_.bottleneck_channels, u_channels_,
+                      u + pixel * u_channels_);
     }
   }
 
@@ -266,7 +267,7 @@ class DenseBlock {
           store_row<Round>(y_row[column], count, target + (row * p_.width + column) * channels_ + c);
       }
     }
-    return Isa::is_zero(sum);
+    return Isa::all_zero(sum);
   }
 
   int64_t u_layer_channels(int64_t layer) const { return has_bottleneck_ ? u_channels_ : padded<Word>(channels(layer)); }

@@ -2,14 +2,14 @@
 //
 //   A   rows of words `lda` apart: pixels, wherever they lie. With several taps, each row goes on `tap_step`
 //       words further: the neighbouring pixels of a 3x3
-//   B   packed: panels of kPanel vectors of output channels, each [taps * k, vectors * kLanes] words
+//   B   packed: panels of kPanel output channels (the last may have kLanes), each [taps * k, channels] words
 //   C   floats in rows `ldc` apart
 //
 // A tile of kRows x kPanel accumulators stays in registers over all of k. Tiles of fewer rows and of one
 // vector make up the rest, so nothing is computed twice and every sum runs over k in order: results do not
 // depend on how the pixels were cut.
 //
-// Included by each instruction set's file, inside namespace fastdense::FASTDENSE_ISA.
+// Included by each instruction set's file, inside its namespace, after its Isa.
 
 template <class Word, int kTileRows, int kVectors>
 void gemm_tile(const Word* a, int64_t lda, int64_t taps, int64_t tap_step, const Word* b, int64_t k, float* c,

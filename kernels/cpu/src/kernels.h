@@ -1,6 +1,6 @@
 // The kernels of one instruction set: everything above it, for each element type.
 //
-// Included by each instruction set's file, inside namespace fastdense::FASTDENSE_ISA, after its Isa and gemm.
+// Included by each instruction set's file, inside its namespace, after its Isa and gemm.h.
 
 #include "norm.h"
 #include "pack.h"

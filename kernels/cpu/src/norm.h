@@ -1,6 +1,6 @@
 // BatchNorm as relu(scale * x + shift), the prologue and epilogue of every convolution here.
 //
-// Included by each instruction set's file, inside namespace fastdense::FASTDENSE_ISA.
+// Included by each instruction set's file, inside its namespace, after its Isa.
 
 using Vector = Isa::Vector;
 

@@ -9,7 +9,7 @@
 //
 // Source of the last: Lavin and Gray 2015 (arXiv 1509.09308), section 4.1.
 //
-// Included by each instruction set's file, inside namespace fastdense::FASTDENSE_ISA.
+// Included by each instruction set's file, inside its namespace, after its Isa.
 
 template <class Word>
 constexpr bool kIsWinograd = std::is_same_v<Word, FloatWord>;

@@ -1,6 +1,6 @@
 // Transition, stem tail and head at given statistics: one pass over x each.
 //
-// Included by each instruction set's file, inside namespace fastdense::FASTDENSE_ISA.
+// Included by each instruction set's file, inside its namespace, after its Isa.
 
 // out = avgpool2x2(relu(affine(x))) W: the pool and the 1x1 commute, so the multiply has a quarter of the rows.
 template <class Store, class Round, class Word>
