@@ -19,15 +19,18 @@ struct Isa : Avx512BFloat16 {
   static constexpr int kStrip = 64;  // pixels; with fewer, B comes from L2 faster than it can
   static constexpr int kRun = 64;
 
-  // Eight tiles of 16 rows of 64 bytes. oneDNN shares these threads, so they are set at each use.
+  // Eight tiles of 16 rows of 64 bytes. oneDNN shares these threads, so they are set at each use. A constant: to GCC,
+  // the instruction reads its first eight bytes alone, and it would drop the writes of the others.
+  struct alignas(64) Configuration {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
+  static_assert(sizeof(Configuration) == 64);
   struct Session {
     Session() {
-      alignas(64) struct {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-      } config;
-      _tile_loadconfig(&config);
+      static constexpr Configuration configuration;
+      _tile_loadconfig(&configuration);
     }
     ~Session() { _tile_release(); }
     Session(const Session&) = delete;
@@ -79,6 +82,7 @@ void amx_tile(const Rows<BFloat16Word>& a, const BFloat16Word* rows, const BFloa
 
 template <>
 void gemm<BFloat16Word>(const Rows<BFloat16Word>& a, const Panels<BFloat16Word>& b, float* c, bool accumulate) {
+  asm volatile("" ::: "memory");  // GCC does not know that loading a tile reads memory
   for (int64_t column = 0; column < b.columns; column += Isa::kPanel) {
     const bool two_columns = b.columns - column >= Isa::kPanel;
     const BFloat16Word* const panel = b.data + column * b.depth + b.start * (two_columns ? 32 : 16);

@@ -270,7 +270,9 @@ class DenseBlock {
     return Isa::all_zero(sum);
   }
 
-  int64_t u_layer_channels(int64_t layer) const { return has_bottleneck_ ? u_channels_ : padded<Word>(channels(layer)); }
+  int64_t u_layer_channels(int64_t layer) const {
+    return has_bottleneck_ ? u_channels_ : padded<Word>(channels(layer));
+  }
 
   const DenseBlockArgs& p_;
   const Team team_;
