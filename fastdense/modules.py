@@ -218,7 +218,7 @@ def _is_transformed() -> bool:
 
 def hooked(module: nn.Module) -> str | None:
     """What would be bypassed if the module's forward were not called through ``__call__``."""
-    return _hooked(module) or ("modules have global hooks" if _global_hooks() else None)
+    return _hooked(module) or _global_hooks()
 
 
 def _hooked(module: nn.Module) -> str | None:
@@ -246,12 +246,12 @@ def _obstacle_in(module: nn.Module, parts: Sequence[str]) -> str | None:
         reason = _unlike_stock(cast(nn.Module, child))
         if reason:
             return f"{name}: {reason}"
-    return "modules have global hooks" if _global_hooks() else None
+    return _global_hooks()
 
 
 def _unusual(module: nn.Module) -> str | None:
     """Why the ops would not reproduce a stock module of a DenseNet, or ``None``."""
-    return _unlike_stock(module) or ("modules have global hooks" if _global_hooks() else None)
+    return _unlike_stock(module) or _global_hooks()
 
 
 def _unlike_stock(module: nn.Module) -> str | None:
@@ -298,13 +298,16 @@ _STOCK: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
 """The modules that the ops reproduce, with the settings they do it for."""
 
 
-def _global_hooks() -> bool:
-    return bool(
+def _global_hooks() -> str | None:
+    """What would be bypassed of every module."""
+    if (
         nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
         or nn_module._global_backward_hooks
         or nn_module._global_backward_pre_hooks
-    )
+    ):
+        return "modules have global hooks"
+    return None
 
 
 def _autocasts(x: Tensor) -> bool:
@@ -348,11 +351,11 @@ def _uses_batch_stats(norm: nn.BatchNorm2d) -> bool:
 
 
 def _affine(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
-    parameters = norm._parameters
-    weight, bias = parameters["weight"], parameters["bias"]
-    if weight is None or bias is None:
-        return x.new_ones(norm.num_features), x.new_zeros(norm.num_features)
-    return weight, bias
+    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+    return (
+        x.new_ones(norm.num_features) if weight is None else weight,
+        x.new_zeros(norm.num_features) if bias is None else bias,
+    )
 
 
 def _norm_lists(norms: list[nn.BatchNorm2d], x: Tensor) -> tuple[list[Tensor], ...]:

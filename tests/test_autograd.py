@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import threading
@@ -87,6 +88,23 @@ def test_gradcheck_of_norms_without(kind, options, train, twins, randn, batch_no
                 setattr(parent, name, nn.BatchNorm2d(child.num_features, **options))
     fast.double().train(train)
     gradcheck(fast, randn(2, 3, 4, 4, dtype=torch.float64))
+
+
+@train_and_eval
+@pytest.mark.parametrize("without", ["weight", "bias"])
+@pytest.mark.parametrize("kind", ["block", "transition", "tails"])
+def test_norms_without_weight_or_bias_alone(kind, without, train, twins, randn, batch_norms, assert_within_budget):
+    """The other is not forgotten."""
+    pair = twins(kind, *{"block": (2, 3, 1, 2), "transition": (3, 2), "tails": (3,)}[kind])
+    x = randn(2, 3, 4, 4)
+    outputs = []
+    for model in pair:
+        for norm in batch_norms(model):
+            norm.register_parameter(without, None)
+        exact = copy.deepcopy(model).double().train(train)(x.double())
+        outputs += [{"output": model.train(train)(x)}, {"output": exact}]
+    fast, _, stock, exact = outputs
+    assert_within_budget(fast, stock, exact, torch.float32)
 
 
 @train_and_eval

@@ -95,7 +95,7 @@ class DenseBlock {
         winograd(layer, image, count, u, team);
       } else {
         team.run(count * p_.height, [&](int64_t begin, int64_t end) {
-          const typename Isa::Session session;
+          [[maybe_unused]] const typename Isa::Session session;
           convolve(layer, image, begin, end, u);
         });
       }
@@ -119,7 +119,7 @@ class DenseBlock {
   void make_u(int64_t layer, int64_t image, int64_t rows, Element* u, const Team& team) {
     const int64_t strips = team.pieces(rows, kStrip);
     team.run(strips, [&](int64_t begin, int64_t end) {
-      const typename Isa::Session session;
+      [[maybe_unused]] const typename Isa::Session session;
       for (int64_t strip = begin; strip < end; ++strip) {
         const int64_t first = rows * strip / strips, last = rows * (strip + 1) / strips;
         if (has_bottleneck_) {
@@ -164,7 +164,7 @@ class DenseBlock {
     const int64_t k = u_layer_channels(layer) / e, columns = round_up(p_.growth_rate, Isa::kLanes);
     const int64_t pixel = u_channels_ / e;  // in words
     const int64_t together = std::max<int64_t>(1, Isa::kRun / u_width_);
-    const auto* w = reinterpret_cast<const Word*>(static_cast<const Element*>(p_.conv3[layer]));
+    const auto* w = static_cast<const Word*>(p_.conv3[layer]);
     float* const y = Scratch::of_this_thread().row.get<float>(round_up(together * u_width_, Isa::kRowBlock) * columns);
     for (int64_t row = first_row, count; row < last_row; row += count) {
       count = std::min({together, last_row - row, p_.height - row % p_.height});

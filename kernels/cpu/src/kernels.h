@@ -24,22 +24,21 @@ void with_types(int32_t store, int32_t compute, F&& f) {
 template <class Round>
 using WordFor = std::conditional_t<std::is_same_v<Round, BFloat16> && Isa::kHasBFloat16, BFloat16Word, FloatWord>;
 
-inline bool multiplies_bfloat16(int32_t compute) { return compute == kBFloat16 && Isa::kHasBFloat16; }
+// Calls f with what packs a weight for results of dtype `compute`.
+template <class F>
+auto with_packer(const Weight& w, int32_t compute, const F& f) {
+  return compute == kBFloat16 ? f(Packer<WordFor<BFloat16>>(w)) : f(Packer<FloatWord>(w));
+}
 
 inline const Kernels* kernels() {
   static constexpr Kernels table = {
       Isa::kName,
       fingerprint,
       [](const Weight& w, int32_t compute) {
-        return multiplies_bfloat16(compute) ? Packer<WordFor<BFloat16>>(w).bytes() : Packer<FloatWord>(w).bytes();
+        return with_packer(w, compute, [](const auto& packer) { return packer.bytes(); });
       },
       [](const Weight& w, int32_t compute, void* packed) {
-        if (multiplies_bfloat16(compute)) {
-          using Word = WordFor<BFloat16>;
-          Packer<Word>(w).pack(static_cast<typename Word::Element*>(packed));
-        } else {
-          Packer<FloatWord>(w).pack(static_cast<float*>(packed));
-        }
+        with_packer(w, compute, [&](const auto& packer) { packer.pack(packed); });
       },
       [](const DenseBlockArgs& p, ParallelFor parallel_for) {
         with_types(p.store, p.compute, [&](auto* store, auto* round) {

@@ -13,11 +13,7 @@
 #include <unistd.h>
 #endif
 
-#if defined(_WIN32)
-#define FASTDENSE_EXPORT extern "C" __declspec(dllexport)
-#else
 #define FASTDENSE_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 namespace fastdense {
 namespace {
@@ -63,7 +59,6 @@ constexpr Candidate kCandidates[] = {  // best first
     {has_avx512, avx512_kernels},
     {has_avx2, avx2_kernels},
 };
-constexpr int kCount = sizeof(kCandidates) / sizeof(kCandidates[0]);
 
 // 0, or 1 after a failure: no exception crosses into Python.
 template <class F>

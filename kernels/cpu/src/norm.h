@@ -4,23 +4,29 @@
 
 using Vector = Isa::Vector;
 
+// A vector of which `count` values exist in memory, all of them or fewer; the others are zeros, and not written.
+template <class Element>
+Vector load_up_to(const Element* p, int64_t count) {
+  return count >= Isa::kLanes ? Isa::load(p) : Isa::load_part(p, std::max<int64_t>(0, count));
+}
+
+template <class Element>
+void store_up_to(Element* p, Vector v, int64_t count) {
+  if (count >= Isa::kLanes) Isa::store(p, v);
+  else Isa::store_part(p, v, count);
+}
+
 // scale = weight / sqrt(var + eps) and shift = bias - mean * scale of some channels; zero in the padding, so
 // that padded channels stay zero.
 template <class Element>
 void affine(const Norm& norm, int64_t channels, int64_t padded, float* scale, float* shift) {
-  const auto *weight = static_cast<const Element*>(norm.weight), *bias = static_cast<const Element*>(norm.bias);
-  const auto *mean = static_cast<const Element*>(norm.mean), *var = static_cast<const Element*>(norm.var);
   const Vector eps = Isa::broadcast(static_cast<float>(norm.eps));
   for (int64_t c = 0; c < padded; c += Isa::kLanes) {
-    const int64_t left = std::max<int64_t>(0, channels - c);
-    const auto load = [&](const Element* vector) {
-      return left >= Isa::kLanes ? Isa::load(vector + c) : Isa::load_part(vector + c, left);
-    };
-    const Vector s = left ? Isa::div(load(weight), Isa::sqrt(Isa::add(load(var), eps))) : Isa::zero();
-    const Vector real = left >= Isa::kLanes ? s : Isa::keep(s, left);
-    Isa::store(scale + c, real);
-    const Vector t = left ? Isa::negated_multiply_add(load(mean), real, load(bias)) : Isa::zero();
-    Isa::store(shift + c, left >= Isa::kLanes ? t : Isa::keep(t, left));
+    const int64_t count = std::clamp<int64_t>(channels - c, 0, Isa::kLanes);
+    const auto load = [&](const void* vector) { return load_up_to(static_cast<const Element*>(vector) + c, count); };
+    const Vector s = Isa::keep(Isa::div(load(norm.weight), Isa::sqrt(Isa::add(load(norm.var), eps))), count);
+    Isa::store(scale + c, s);
+    Isa::store(shift + c, Isa::keep(Isa::negated_multiply_add(load(norm.mean), s, load(norm.bias)), count));
   }
 }
 
@@ -37,6 +43,20 @@ struct Affine {
   Vector operator()(Vector x, int64_t c) const {  // relu(scale * x + shift) of channels c, c + 1, ...; keeps NaN
     return Isa::relu(Isa::multiply_add(x, Isa::load(scale + c), Isa::load(shift + c)));
   }
+};
+
+// One norm and its vectors.
+class OwnAffine : public Affine {
+ public:
+  OwnAffine(const Norm& norm, int32_t dtype, int64_t channels, int64_t padded) {
+    float* const vectors = vectors_.get<float>(2 * padded);
+    affine(norm, dtype, channels, padded, vectors, vectors + padded);
+    scale = vectors;
+    shift = vectors + padded;
+  }
+
+ private:
+  Buffer vectors_;
 };
 
 // z = relu(affine(x)) of `channels` channels of one pixel, and zeros up to `padded`.
@@ -87,7 +107,5 @@ inline void store_row(const float* c, int64_t channels, Store* y) {
     if constexpr (std::is_same_v<Round, Store> || std::is_same_v<Round, float>) return v;
     else return Isa::round(v, static_cast<Round*>(nullptr));
   };
-  int64_t i = 0;
-  for (; i + Isa::kLanes <= channels; i += Isa::kLanes) Isa::store(y + i, rounded(i));
-  if (i < channels) Isa::store_part(y + i, rounded(i), channels - i);
+  for (int64_t i = 0; i < channels; i += Isa::kLanes) store_up_to(y + i, rounded(i), channels - i);
 }

@@ -31,8 +31,9 @@ class Packer {
     return (taps + places) * in_ * columns_ * sizeof(Element);
   }
 
-  void pack(Element* packed) const {
-    std::memset(static_cast<void*>(packed), 0, bytes());
+  void pack(void* target) const {
+    std::memset(target, 0, bytes());
+    auto* const packed = static_cast<Element*>(target);
     with_element_type(w_.dtype, [&](auto* type) {
       using Source = std::remove_pointer_t<decltype(type)>;
       const auto* const data = static_cast<const Source*>(w_.data);

@@ -11,21 +11,16 @@ void transition(const TransitionArgs& p, ParallelFor parallel_for) {
   const Team team{parallel_for, p.threads};
   const int64_t height = p.height / 2, width = p.width / 2, pixels = p.images * height * width;
   const int64_t k = padded<Word>(p.channels), columns = round_up(p.out_channels, Isa::kLanes);
-  Buffer vectors;
-  float* const scale = vectors.get<float>(2 * k);
-  affine(p.norm, p.norm_dtype, p.channels, k, scale, scale + k);
+  const OwnAffine norm(p.norm, p.norm_dtype, p.channels, k);
   const auto* x = static_cast<const Store*>(p.x);
   auto* out = static_cast<Round*>(p.out);
 
   const auto pooled = [&](int64_t pixel, int64_t start, int64_t depth, Element* z) {
     const int64_t image = pixel / (height * width), i = pixel / width % height, j = pixel % width;
     const Store* const corner = x + ((image * p.height + 2 * i) * p.width + 2 * j) * p.channels + start;
-    const Affine norm{scale + start, scale + k + start};
     for (int64_t c = 0; c < depth; c += Isa::kLanes) {
-      const int64_t left = p.channels - start - c;
       const auto at = [&](int64_t dy, int64_t dx) {
-        const Store* const source = corner + (dy * p.width + dx) * p.channels + c;
-        return norm(left >= Isa::kLanes ? Isa::load(source) : Isa::load_part(source, std::max<int64_t>(0, left)), c);
+        return norm(load_up_to(corner + (dy * p.width + dx) * p.channels + c, p.channels - start - c), start + c);
       };
       const Vector sum = Isa::add(Isa::add(at(0, 0), at(0, 1)), Isa::add(at(1, 0), at(1, 1)));
       Isa::store(z + c, Isa::mul(sum, Isa::broadcast(0.25f)));
@@ -34,7 +29,7 @@ void transition(const TransitionArgs& p, ParallelFor parallel_for) {
 
   const int64_t strips = team.pieces(pixels, kStrip);
   team.run(strips, [&](int64_t begin, int64_t end) {
-    const typename Isa::Session session;
+    [[maybe_unused]] const typename Isa::Session session;
     Scratch& scratch = Scratch::of_this_thread();
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t first = pixels * strip / strips, rows = pixels * (strip + 1) / strips - first;
@@ -55,11 +50,8 @@ void transition(const TransitionArgs& p, ParallelFor parallel_for) {
 // out = maxpool3x3/2(relu(affine(x))).
 template <class Store>
 void stem_tail(const PoolArgs& p, ParallelFor parallel_for) {
-  const int64_t height = (p.height + 1) / 2, width = (p.width + 1) / 2, c_padded = round_up(p.channels, Isa::kLanes);
-  Buffer vectors;
-  float* const scale = vectors.get<float>(2 * c_padded);
-  affine(p.norm, p.norm_dtype, p.channels, c_padded, scale, scale + c_padded);
-  const Affine norm{scale, scale + c_padded};
+  const int64_t height = (p.height + 1) / 2, width = (p.width + 1) / 2;
+  const OwnAffine norm(p.norm, p.norm_dtype, p.channels, round_up(p.channels, Isa::kLanes));
   const Team team{parallel_for, p.threads};
   team.run(p.images * height, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -69,16 +61,13 @@ void stem_tail(const PoolArgs& p, ParallelFor parallel_for) {
         const int64_t left = std::max<int64_t>(0, 2 * j - 1), right = std::min(p.width, 2 * j + 2);
         Store* const target = static_cast<Store*>(p.out) + (row * width + j) * p.channels;
         for (int64_t c = 0; c < p.channels; c += Isa::kLanes) {
-          const int64_t count = std::min<int64_t>(Isa::kLanes, p.channels - c);
           Vector best = Isa::zero();  // of values that a ReLU made
           for (int64_t y = top; y < bottom; ++y)
             for (int64_t x = left; x < right; ++x) {
               const Store* const source = image + (y * p.width + x) * p.channels + c;
-              const Vector v = count == Isa::kLanes ? Isa::load(source) : Isa::load_part(source, count);
-              best = Isa::max_keeping_nan(best, norm(v, c));
+              best = Isa::max_keeping_nan(best, norm(load_up_to(source, p.channels - c), c));
             }
-          if (count == Isa::kLanes) Isa::store(target + c, best);
-          else Isa::store_part(target + c, best, count);
+          store_up_to(target + c, best, p.channels - c);
         }
       }
     }
@@ -88,24 +77,20 @@ void stem_tail(const PoolArgs& p, ParallelFor parallel_for) {
 // out = mean over the pixels of relu(affine(x)).
 template <class Store>
 void head(const PoolArgs& p, ParallelFor parallel_for) {
-  const int64_t pixels = p.height * p.width, c_padded = round_up(p.channels, Isa::kLanes);
-  Buffer vectors;
-  float* const scale = vectors.get<float>(2 * c_padded);
-  affine(p.norm, p.norm_dtype, p.channels, c_padded, scale, scale + c_padded);
-  const Affine norm{scale, scale + c_padded};
+  const int64_t pixels = p.height * p.width;
+  const OwnAffine norm(p.norm, p.norm_dtype, p.channels, round_up(p.channels, Isa::kLanes));
   const Vector share = Isa::broadcast(1 / static_cast<float>(pixels));
   const int64_t groups = ceil_div(p.channels, Isa::kLanes);
   const Team team{parallel_for, p.threads};
   team.run(p.images * groups, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t image = item / groups, c = item % groups * Isa::kLanes;
-      const int64_t count = std::min<int64_t>(Isa::kLanes, p.channels - c);
       const Store* source = static_cast<const Store*>(p.x) + image * pixels * p.channels + c;
       Vector sum = Isa::zero();
       for (int64_t row = 0; row < pixels; ++row, source += p.channels)
-        sum = Isa::add(sum, norm(count == Isa::kLanes ? Isa::load(source) : Isa::load_part(source, count), c));
+        sum = Isa::add(sum, norm(load_up_to(source, p.channels - c), c));
       Store* const target = static_cast<Store*>(p.out) + image * p.channels + c;
-      Isa::store_part(target, Isa::mul(sum, share), count);
+      store_up_to(target, Isa::mul(sum, share), p.channels - c);
     }
   });
 }
