@@ -13,8 +13,9 @@ from setuptools import Extension, setup
 COMPILE = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-Wno-maybe-uninitialized"]
 SOURCES = ("library", "avx2", "avx512", "avx512_bf16", "amx")
 HEADERS = (
-    "abi", "avx512_bf16_vectors", "avx512_vectors", "dense_block", "elements", "gemm", "includes", "kernels",
-    "memory", "norm", "pack", "pointwise", "team",
+    "abi", "avx512_bf16_vectors", "avx512_vectors", "conv1x1", "conv3x3", "dense_block", "elements", "gemm",
+    "includes", "kernels", "memory", "norm", "pack", "pointwise", "pointwise_backward", "statistics", "team",
+    "training",
 )  # fmt: skip
 
 cpu_library = Extension(

@@ -10,7 +10,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_char_p, c_double, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, Array, Structure, c_char_p, c_double, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,65 @@ class PoolArgs(Structure):
     )
 
 
+class TrainingLayerArgs(Structure):
+    """``TrainingLayer`` of ``src/abi.h``."""
+
+    _fields_ = _fields(
+        (NormArgs, "norm1 norm2"),
+        (WeightArgs, "conv1 conv3"),
+        (c_void_p, "bottleneck bottleneck_mask growth_mask"),
+        (c_void_p, "norm1_weight norm1_bias conv1_weight norm2_weight norm2_bias conv3_weight"),
+        (c_int32, "batch1 batch2"),
+    )
+
+
+class TrainingArgs(Structure):
+    """As in ``src/abi.h``."""
+
+    _fields_ = _fields(
+        (c_int64, "images height width input_channels growth_rate bottleneck_channels layers"),
+        (c_void_p, "x out"),
+        (POINTER(TrainingLayerArgs), "layer"),
+        (c_void_p, "mean var bottleneck_mean bottleneck_var grad dx"),
+        (c_int64, "first_layer"),
+        (c_double, "keep_scale"),
+        (c_int32, "keeps_bottlenecks dx_dtype store compute threads"),
+    )
+
+
+class PointwiseGradArgs(Structure):
+    """As in ``src/abi.h``."""
+
+    _fields_ = _fields(
+        (c_int64, "images height width channels out_channels"),
+        (c_void_p, "grad_out x dx"),
+        (NormArgs, "norm"),
+        (WeightArgs, "conv"),
+        (c_void_p, "norm_weight norm_bias conv_weight"),
+        (c_int32, "batch store compute threads"),
+    )
+
+
+class StatsArgs(Structure):
+    """As in ``src/abi.h``."""
+
+    _fields_ = _fields((c_int64, "rows channels"), (c_void_p, "x mean var"), (c_int32, "store threads"))
+
+
+_KERNELS: dict[str, type[Structure]] = {
+    "dense_block": DenseBlockArgs,
+    "transition": TransitionArgs,
+    "stem_tail": PoolArgs,
+    "head": PoolArgs,
+    "channel_stats": StatsArgs,
+    "training_forward": TrainingArgs,
+    "training_backward": TrainingArgs,
+    "transition_backward": PointwiseGradArgs,
+    "stem_tail_backward": PointwiseGradArgs,
+    "head_backward": PointwiseGradArgs,
+}
+
+
 class Library:
     """The library and one of its instruction sets.
 
@@ -100,16 +159,11 @@ class Library:
         self._check(self._library.fastdense_fingerprints(self._kernels, count, data, sizes, out, *self._threads()))
         return list(out)
 
-    def pack(self, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        """Convolution weights [K, C, 1, 1] or [K, C, 3, 3] as the kernels read them, for results of ``dtype``."""
+    def pack(self, args: Array[WeightArgs], dtype: torch.dtype) -> list[Tensor]:
+        """Convolution weights as the kernels read them, for results of ``dtype``."""
         compute = DTYPES[dtype]
-        args = (WeightArgs * len(weights))()
-        packed = []
-        for arg, w in zip(args, weights, strict=True):
-            out, in_, size, _ = w.shape
-            arg.data, arg.out, arg.in_, arg.size, arg.dtype = w.data_ptr(), out, in_, size, DTYPES[w.dtype]
-            arg.stride_out, arg.stride_in, arg.stride_h, arg.stride_w = w.stride()
-            packed.append(aligned(self._library.fastdense_packed_bytes(self._kernels, ctypes.byref(arg), compute)))
+        sizes = [self._library.fastdense_packed_bytes(self._kernels, ctypes.byref(arg), compute) for arg in args]
+        packed = [aligned(nbytes) for nbytes in sizes]
         targets = (c_void_p * len(packed))(*[p.data_ptr() for p in packed])
         self._check(self._library.fastdense_pack(self._kernels, len(packed), args, compute, targets, *self._threads()))
         return packed
@@ -183,10 +237,5 @@ def _declare(library: ctypes.CDLL) -> None:
     library.fastdense_pack.argtypes = [
         c_void_p, c_int64, POINTER(WeightArgs), c_int32, POINTER(c_void_p), c_void_p, c_int32
     ]  # fmt: skip
-    for name, args in (
-        ("dense_block", DenseBlockArgs),
-        ("transition", TransitionArgs),
-        ("stem_tail", PoolArgs),
-        ("head", PoolArgs),
-    ):
+    for name, args in _KERNELS.items():
         getattr(library, f"fastdense_{name}").argtypes = [c_void_p, POINTER(args), c_void_p]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import Weights
 from .library import DTYPES, Library
 
 
@@ -38,7 +39,7 @@ def packed(library: Library, weights: list[Tensor], dtype: torch.dtype) -> list[
         if entry is None or entry.weight() is not weight or entry.state != state
     ]
     if stale:
-        for i, memory in zip(stale, library.pack([dense[i] for i in stale], dtype), strict=True):
+        for i, memory in zip(stale, library.pack(Weights([dense[i] for i in stale]).array, dtype), strict=True):
             weight = weights[i]
             reference = weakref.ref(weight, functools.partial(_forget, known, id(weight)))
             entries[i] = known[id(weight)] = _Packed(reference, states[i], memory)

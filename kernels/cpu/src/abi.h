@@ -64,6 +64,62 @@ struct PoolArgs {
   int32_t store, norm_dtype, threads;
 };
 
+// One layer of a block in training. Norms and gradients are float32.
+struct TrainingLayer {
+  Norm norm1, norm2;               // with the batch's mean and var, which the forward makes, or the running ones
+  Weight conv1, conv3;             // conv1 is not read without bottlenecks
+  void* bottleneck;                // h, [M, B], of `compute`; the same for all layers where it is not kept
+  const uint8_t* bottleneck_mask;  // [M, B], 1 where dropout keeps; null without dropout
+  const uint8_t* growth_mask;      // [M, k]
+  float* norm1_weight;             // gradients, dense; a convolution's is null where it is not wanted
+  float* norm1_bias;
+  float* conv1_weight;
+  float* norm2_weight;
+  float* norm2_bias;
+  float* conv3_weight;
+  int32_t batch1, batch2;          // whether the norms use the batch's statistics
+};
+
+struct TrainingArgs {
+  int64_t images, height, width;
+  int64_t input_channels, growth_rate, bottleneck_channels, layers;  // bottleneck_channels 0: without
+  const void* x;    // [M, C_0], of `store`
+  void* out;        // X: [M, C_L], of `store`; the backward reads it
+  const TrainingLayer* layer;
+  float* mean;      // of X, [C_L]
+  float* var;
+  float* bottleneck_mean;  // [L, B]
+  float* bottleneck_var;
+  float* grad;      // backward: the gradient of X, [M, C_L], overwritten
+  void* dx;         // backward: that of x, of `dx_dtype`; null where it is not wanted
+  int64_t first_layer;     // backward: the lowest layer that is wanted
+  double keep_scale;       // what dropout multiplies kept values by
+  int32_t keeps_bottlenecks;
+  int32_t dx_dtype, store, compute, threads;
+};
+
+// Gradients of transition, stem tail and head. Norm and gradients are float32, but for dx, which is of x's dtype.
+struct PointwiseGradArgs {
+  int64_t images, height, width, channels, out_channels;
+  const void* grad_out;  // [M / 4, C'] of `compute`; [N, ceil(H/2), ceil(W/2), C] or [N, C] of x's dtype
+  const void* x;
+  void* dx;
+  Norm norm;
+  Weight conv;           // transition's
+  float* norm_weight;
+  float* norm_bias;
+  float* conv_weight;    // null where it is not wanted
+  int32_t batch, store, compute, threads;
+};
+
+struct StatsArgs {
+  int64_t rows, channels;
+  const void* x;  // [rows, channels]
+  float* mean;
+  float* var;
+  int32_t store, threads;
+};
+
 // What one instruction set offers. Bytes of a packed weight are `packed_bytes`, aligned to 64.
 struct Kernels {
   const char* name;
@@ -74,6 +130,12 @@ struct Kernels {
   void (*transition)(const TransitionArgs&, ParallelFor);
   void (*stem_tail)(const PoolArgs&, ParallelFor);
   void (*head)(const PoolArgs&, ParallelFor);
+  void (*channel_stats)(const StatsArgs&, ParallelFor);
+  void (*training_forward)(const TrainingArgs&, ParallelFor);
+  void (*training_backward)(const TrainingArgs&, ParallelFor);
+  void (*transition_backward)(const PointwiseGradArgs&, ParallelFor);
+  void (*stem_tail_backward)(const PointwiseGradArgs&, ParallelFor);
+  void (*head_backward)(const PointwiseGradArgs&, ParallelFor);
 };
 
 const Kernels* avx2_kernels();

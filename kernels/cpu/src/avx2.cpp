@@ -37,6 +37,14 @@ struct Isa {
   static Vector max_keeping_nan(Vector a, Vector b) {
     return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   }
+  static Vector where_positive(Vector a, Vector v) {  // v where a > 0 or NaN, else 0
+    return _mm256_and_ps(v, _mm256_cmp_ps(a, zero(), _CMP_NLE_UQ));
+  }
+  static Vector where_equal(Vector a, Vector b, Vector v) { return _mm256_and_ps(v, _mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
+  static Vector where_greater(Vector a, Vector b, Vector v, Vector otherwise) {  // v where a > b or a is NaN
+    const Vector greater = _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    return _mm256_blendv_ps(otherwise, v, greater);
+  }
   static __m256i first(int64_t count) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }

@@ -31,6 +31,16 @@ struct Avx512 {
     const Vector larger = _mm512_max_ps(a, b);
     return _mm512_mask_mov_ps(larger, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
   }
+  static Vector where_positive(Vector a, Vector v) {  // v where a > 0 or NaN, else 0
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, zero(), _CMP_NLE_UQ), v);
+  }
+  static Vector where_equal(Vector a, Vector b, Vector v) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), v);
+  }
+  static Vector where_greater(Vector a, Vector b, Vector v, Vector otherwise) {  // v where a > b or a is NaN
+    const __mmask16 greater = _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    return _mm512_mask_mov_ps(otherwise, greater, v);
+  }
   static __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
   static Vector keep(Vector a, int64_t count) { return _mm512_maskz_mov_ps(first(count), a); }
 

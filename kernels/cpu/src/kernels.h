@@ -3,9 +3,14 @@
 // Included by each instruction set's file, inside its namespace, after its Isa and gemm.h.
 
 #include "norm.h"
+#include "statistics.h"
 #include "pack.h"
+#include "conv1x1.h"
+#include "conv3x3.h"
 #include "dense_block.h"
 #include "pointwise.h"
+#include "pointwise_backward.h"
+#include "training.h"
 
 // Calls f with null pointers to what is stored and what convolutions round to.
 template <class F>
@@ -62,6 +67,41 @@ inline const Kernels* kernels() {
       [](const PoolArgs& p, ParallelFor parallel_for) {
         with_element_type(p.store, [&](auto* store) {
           head<std::remove_pointer_t<decltype(store)>>(p, parallel_for);
+        });
+      },
+      [](const StatsArgs& p, ParallelFor parallel_for) {
+        with_element_type(p.store, [&](auto* store) {
+          channel_stats<std::remove_pointer_t<decltype(store)>>(p, parallel_for);
+        });
+      },
+      [](const TrainingArgs& p, ParallelFor parallel_for) {
+        with_types(p.store, p.compute, [&](auto* store, auto* round) {
+          TrainingBlock<std::remove_pointer_t<decltype(store)>, std::remove_pointer_t<decltype(round)>>(p, parallel_for)
+              .forward();
+        });
+      },
+      [](const TrainingArgs& p, ParallelFor parallel_for) {
+        with_types(p.store, p.compute, [&](auto* store, auto* round) {
+          TrainingBlock<std::remove_pointer_t<decltype(store)>, std::remove_pointer_t<decltype(round)>>(p, parallel_for)
+              .backward();
+        });
+      },
+      [](const PointwiseGradArgs& p, ParallelFor parallel_for) {
+        with_element_type(p.store, [&](auto* store) {
+          with_element_type(p.compute, [&](auto* round) {
+            transition_backward<std::remove_pointer_t<decltype(store)>, std::remove_pointer_t<decltype(round)>>(
+                p, parallel_for);
+          });
+        });
+      },
+      [](const PointwiseGradArgs& p, ParallelFor parallel_for) {
+        with_element_type(p.store, [&](auto* store) {
+          stem_tail_backward<std::remove_pointer_t<decltype(store)>>(p, parallel_for);
+        });
+      },
+      [](const PointwiseGradArgs& p, ParallelFor parallel_for) {
+        with_element_type(p.store, [&](auto* store) {
+          head_backward<std::remove_pointer_t<decltype(store)>>(p, parallel_for);
         });
       },
   };

@@ -112,20 +112,18 @@ FASTDENSE_EXPORT int32_t fastdense_pack(const Kernels* kernels, int64_t count, c
   });
 }
 
-FASTDENSE_EXPORT int32_t fastdense_dense_block(const Kernels* kernels, const DenseBlockArgs* args,
-                                               ParallelFor parallel_for) {
-  return guarded([&] { kernels->dense_block(*args, parallel_for); });
-}
+#define FASTDENSE_EXPORT_KERNEL(name, Args)                                                        \
+  FASTDENSE_EXPORT int32_t fastdense_##name(const Kernels* kernels, const Args* args, ParallelFor parallel_for) { \
+    return guarded([&] { kernels->name(*args, parallel_for); });                                  \
+  }
 
-FASTDENSE_EXPORT int32_t fastdense_transition(const Kernels* kernels, const TransitionArgs* args,
-                                              ParallelFor parallel_for) {
-  return guarded([&] { kernels->transition(*args, parallel_for); });
-}
-
-FASTDENSE_EXPORT int32_t fastdense_stem_tail(const Kernels* kernels, const PoolArgs* args, ParallelFor parallel_for) {
-  return guarded([&] { kernels->stem_tail(*args, parallel_for); });
-}
-
-FASTDENSE_EXPORT int32_t fastdense_head(const Kernels* kernels, const PoolArgs* args, ParallelFor parallel_for) {
-  return guarded([&] { kernels->head(*args, parallel_for); });
-}
+FASTDENSE_EXPORT_KERNEL(dense_block, DenseBlockArgs)
+FASTDENSE_EXPORT_KERNEL(transition, TransitionArgs)
+FASTDENSE_EXPORT_KERNEL(stem_tail, PoolArgs)
+FASTDENSE_EXPORT_KERNEL(head, PoolArgs)
+FASTDENSE_EXPORT_KERNEL(channel_stats, StatsArgs)
+FASTDENSE_EXPORT_KERNEL(training_forward, TrainingArgs)
+FASTDENSE_EXPORT_KERNEL(training_backward, TrainingArgs)
+FASTDENSE_EXPORT_KERNEL(transition_backward, PointwiseGradArgs)
+FASTDENSE_EXPORT_KERNEL(stem_tail_backward, PointwiseGradArgs)
+FASTDENSE_EXPORT_KERNEL(head_backward, PointwiseGradArgs)

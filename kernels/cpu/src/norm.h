@@ -40,6 +40,8 @@ struct Affine {
   const float* scale;
   const float* shift;
 
+  Affine from(int64_t channel) const { return {scale + channel, shift + channel}; }
+
   Vector operator()(Vector x, int64_t c) const {  // relu(scale * x + shift) of channels c, c + 1, ...; keeps NaN
     return Isa::relu(Isa::multiply_add(x, Isa::load(scale + c), Isa::load(shift + c)));
   }
@@ -53,6 +55,32 @@ class OwnAffine : public Affine {
     affine(norm, dtype, channels, padded, vectors, vectors + padded);
     scale = vectors;
     shift = vectors + padded;
+  }
+
+ private:
+  Buffer vectors_;
+};
+
+// One norm of float32 vectors, and what its gradient needs besides. Zeros in the padding.
+class Normalization : public Affine {
+ public:
+  const float* mean;
+  const float* rstd;
+
+  void set(const Norm& norm, int64_t channels, int64_t padded) {
+    float* const vectors = vectors_.get<float>(4 * padded);
+    affine<float>(norm, channels, padded, vectors, vectors + padded);
+    const Vector eps = Isa::broadcast(static_cast<float>(norm.eps)), one = Isa::broadcast(1);
+    for (int64_t c = 0; c < padded; c += Isa::kLanes) {
+      const int64_t count = std::clamp<int64_t>(channels - c, 0, Isa::kLanes);
+      const auto load = [&](const void* vector) { return load_up_to(static_cast<const float*>(vector) + c, count); };
+      Isa::store(vectors + 2 * padded + c, load(norm.mean));
+      Isa::store(vectors + 3 * padded + c, Isa::keep(Isa::div(one, Isa::sqrt(Isa::add(load(norm.var), eps))), count));
+    }
+    scale = vectors;
+    shift = vectors + padded;
+    mean = vectors + 2 * padded;
+    rstd = vectors + 3 * padded;
   }
 
  private:
@@ -76,6 +104,8 @@ inline void affine_relu_row(const Store* x, const Affine& norm, int64_t channels
 struct PairedAffine {
   const float* scale;
   const float* shift;
+
+  PairedAffine from(int64_t channel) const { return {scale + channel, shift + channel}; }
 
   static void arrange(float* vector, int64_t padded) {
     float even_odd[2 * Isa::kLanes];

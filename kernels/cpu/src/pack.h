@@ -19,6 +19,19 @@ int64_t padded(int64_t channels) {
   return round_up(channels, Isa::template kAlign<Word>);
 }
 
+inline void convert(float from, float& to) { to = from; }
+inline void convert(float from, BFloat16& to) { Isa::store_part(&to, Isa::broadcast(from), 1); }
+template <class Half>
+void convert(Half from, float& to) {
+  to = Isa::first_lane(Isa::load_part(&from, 1));
+}
+template <class Half>
+void convert(Half from, BFloat16& to) {
+  float value;
+  convert(from, value);
+  convert(value, to);
+}
+
 template <class Word>
 class Packer {
   using Element = typename Word::Element;
@@ -31,52 +44,96 @@ class Packer {
     return (taps + places) * in_ * columns_ * sizeof(Element);
   }
 
-  void pack(void* target) const {
-    std::memset(target, 0, bytes());
+  void pack(void* target) const { pack(target, 0, columns_); }
+
+  // Of the outputs [first, last), which begin and end between panels.
+  void pack(void* target, int64_t first, int64_t last) const {
     auto* const packed = static_cast<Element*>(target);
     with_element_type(w_.dtype, [&](auto* type) {
       using Source = std::remove_pointer_t<decltype(type)>;
-      const auto* const data = static_cast<const Source*>(w_.data);
-      for (int64_t o = 0; o < w_.out; ++o)
-        for (int64_t i = 0; i < w_.in; ++i) pack_filter(data + o * w_.stride_out + i * w_.stride_in, i, o, packed);
+      for (int64_t y = 0; y < w_.size; ++y)
+        for (int64_t x = 0; x < w_.size; ++x)
+          pack_tap<Source>(y, x, first, last, packed + y * w_.size * in_ * columns_);
+      if constexpr (kIsWinograd<Word>)
+        if (w_.size == 3) pack_places<Source>(first, last, packed + 9 * in_ * columns_);
     });
   }
 
  private:
   template <class Source>
-  void pack_filter(const Source* filter, int64_t i, int64_t o, Element* packed) const {
-    float w[3][3];
-    for (int64_t y = 0; y < w_.size; ++y)
-      for (int64_t x = 0; x < w_.size; ++x) {
-        w[y][x] = Isa::first_lane(Isa::load_part(filter + y * w_.stride_h + x * w_.stride_w, 1));
-        put(w[y][x], packed + y * w_.size * in_ * columns_, w_.size * in_, x * in_ + i, o);
-      }
-    if constexpr (kIsWinograd<Word>)
-      if (w_.size == 3) pack_places(w, i, o, packed + 9 * in_ * columns_);
-  }
-
-  void pack_places(const float (&w)[3][3], int64_t i, int64_t o, Element* packed) const {
-    const auto g = [](float a, float b, float c, int row) {  // G times a column
-      return row == 0 ? a : row == 1 ? .5f * (a + b + c) : row == 2 ? .5f * (a - b + c) : c;
-    };
-    for (int y = 0; y < 4; ++y)
-      for (int x = 0; x < 4; ++x) {
-        const float c0 = g(w[0][0], w[1][0], w[2][0], y), c1 = g(w[0][1], w[1][1], w[2][1], y);
-        put(g(c0, c1, g(w[0][2], w[1][2], w[2][2], y), x), packed + (4 * y + x) * in_ * columns_, in_, i, o);
-      }
-  }
-
-  // At [k, o] of a matrix of `depth` rows.
-  void put(float value, Element* matrix, int64_t depth, int64_t k, int64_t o) const {
+  void pack_tap(int64_t y, int64_t x, int64_t first, int64_t last, Element* matrix) const {
     constexpr int64_t e = Word::kElements;
-    const int64_t first = o / Isa::kPanel * Isa::kPanel, width = std::min<int64_t>(Isa::kPanel, columns_ - first);
-    const int64_t at = first * depth + (k / e * width + o - first) * e + k % e;
-    Isa::store_part(matrix + at, Isa::broadcast(value), 1);
+    const auto* const data = static_cast<const Source*>(w_.data) + y * w_.stride_h + x * w_.stride_w;
+    const int64_t depth = w_.size * in_;
+    for (int64_t panel = first; panel < last; panel += Isa::kPanel) {
+      const int64_t width = std::min<int64_t>(Isa::kPanel, columns_ - panel), count = std::min(width, w_.out - panel);
+      const Source* const source = data + panel * w_.stride_out;
+      Element* const target = matrix + panel * depth + x * in_ * width;
+      for (int64_t i = 0; i < w_.in; ++i)
+        for (int64_t o = 0; o < count; ++o)
+          convert(source[o * w_.stride_out + i * w_.stride_in], target[(i / e * width + o) * e + i % e]);
+      for (int64_t i = 0; i < in_; ++i)
+        for (int64_t o = i < w_.in ? count : 0; o < width; ++o)
+          std::memset(target + (i / e * width + o) * e + i % e, 0, sizeof(Element));
+    }
+  }
+
+  // kLanes outputs at once.
+  template <class Source>
+  void pack_places(int64_t first, int64_t last, Element* packed) const {
+    const auto g = [](Vector a, Vector b, Vector c, Vector (&to)[4]) {  // G times a column
+      const Vector half = Isa::broadcast(.5f), ends = Isa::mul(half, Isa::add(a, c)), middle = Isa::mul(half, b);
+      to[0] = a;
+      to[1] = Isa::add(ends, middle);
+      to[2] = Isa::sub(ends, middle);
+      to[3] = c;
+    };
+    for (int64_t o = first; o < last; o += Isa::kLanes) {
+      const int64_t panel = o / Isa::kPanel * Isa::kPanel, width = std::min<int64_t>(Isa::kPanel, columns_ - panel);
+      const int64_t count = std::clamp<int64_t>(w_.out - o, 0, Isa::kLanes);
+      float* const target = packed + panel * in_ + o - panel;
+      float taps[9][Isa::kLanes] = {};
+      for (int64_t i = 0; i < in_; ++i) {
+        const auto* const source = static_cast<const Source*>(w_.data) + o * w_.stride_out + i * w_.stride_in;
+        if (i == w_.in) std::memset(taps, 0, sizeof(taps));
+        if (i < w_.in)
+          for (int64_t lane = 0; lane < count; ++lane)
+            for (int t = 0; t < 9; ++t)
+              convert(source[lane * w_.stride_out + t / 3 * w_.stride_h + t % 3 * w_.stride_w], taps[t][lane]);
+        Vector columns[3][4], places[4];
+        for (int x = 0; x < 3; ++x)
+          g(Isa::load(taps[x]), Isa::load(taps[3 + x]), Isa::load(taps[6 + x]), columns[x]);
+        for (int y = 0; y < 4; ++y) {
+          g(columns[0][y], columns[1][y], columns[2][y], places);
+          for (int x = 0; x < 4; ++x) Isa::store(target + (4 * y + x) * in_ * columns_ + i * width, places[x]);
+        }
+      }
+    }
   }
 
   const Weight& w_;
   const int64_t in_, columns_;
 };
+
+// The weight with which the gradient of the output makes that of the input: its transpose, its taps turned around.
+inline Weight transposed(const Weight& w) {
+  const int64_t element_size = w.dtype == kFloat32 ? 4 : 2;
+  const int64_t last_tap = (w.size - 1) * (w.stride_h + w.stride_w) * element_size;
+  return {static_cast<const char*>(w.data) + last_tap, w.in, w.out, w.size, w.stride_in, w.stride_out,
+          -w.stride_h, -w.stride_w, w.dtype};
+}
+
+// A weight packed by all threads.
+template <class Word>
+const float* pack_in_parallel(const Weight& weight, const Team& team, Buffer& memory) {
+  const Packer<Word> packer(weight);
+  float* const packed = memory.get<float>(packer.bytes() / sizeof(float));
+  const int64_t columns = round_up(weight.out, Isa::kLanes);
+  team.run(ceil_div(columns, Isa::kPanel), [&](int64_t begin, int64_t end) {
+    packer.pack(packed, begin * Isa::kPanel, std::min(columns, end * Isa::kPanel));
+  });
+  return packed;
+}
 
 // A hash of every byte: 64 states of 32 bits, state -> (state ^ word) * odd with its high bits folded down. Each
 // step is a bijection of the state and of the word, so the change of one word is never missed, and any other

@@ -2,12 +2,18 @@
 //
 // Included by each instruction set's file, inside its namespace, after its Isa.
 
+// The average of relu(affine(x)) over four pixels, of kLanes channels or of those that exist.
+template <class Store>
+Vector average_2x2(const Store* corner, int64_t below, int64_t channels, int64_t c, const Affine& norm) {
+  const auto at = [&](int64_t step) { return norm(load_up_to(corner + step + c, channels - c), c); };
+  const Vector sum = Isa::add(Isa::add(at(0), at(channels)), Isa::add(at(below), at(below + channels)));
+  return Isa::mul(sum, Isa::broadcast(0.25f));
+}
+
 // out = avgpool2x2(relu(affine(x))) W: the pool and the 1x1 commute, so the multiply has a quarter of the rows.
 template <class Store, class Round, class Word>
 void transition(const TransitionArgs& p, ParallelFor parallel_for) {
   using Element = typename Word::Element;
-  constexpr int64_t kStrip = Isa::kStrip, kDepth = 256;
-  constexpr int e = Word::kElements;
   const Team team{parallel_for, p.threads};
   const int64_t height = p.height / 2, width = p.width / 2, pixels = p.images * height * width;
   const int64_t k = padded<Word>(p.channels), columns = round_up(p.out_channels, Isa::kLanes);
@@ -15,32 +21,19 @@ void transition(const TransitionArgs& p, ParallelFor parallel_for) {
   const auto* x = static_cast<const Store*>(p.x);
   auto* out = static_cast<Round*>(p.out);
 
-  const auto pooled = [&](int64_t pixel, int64_t start, int64_t depth, Element* z) {
-    const int64_t image = pixel / (height * width), i = pixel / width % height, j = pixel % width;
-    const Store* const corner = x + ((image * p.height + 2 * i) * p.width + 2 * j) * p.channels + start;
-    for (int64_t c = 0; c < depth; c += Isa::kLanes) {
-      const auto at = [&](int64_t dy, int64_t dx) {
-        return norm(load_up_to(corner + (dy * p.width + dx) * p.channels + c, p.channels - start - c), start + c);
-      };
-      const Vector sum = Isa::add(Isa::add(at(0, 0), at(0, 1)), Isa::add(at(1, 0), at(1, 1)));
-      Isa::store(z + c, Isa::mul(sum, Isa::broadcast(0.25f)));
-    }
-  };
-
-  const int64_t strips = team.pieces(pixels, kStrip);
+  const int64_t strips = team.pieces(pixels, Isa::kStrip);
   team.run(strips, [&](int64_t begin, int64_t end) {
     [[maybe_unused]] const typename Isa::Session session;
-    Scratch& scratch = Scratch::of_this_thread();
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t first = pixels * strip / strips, rows = pixels * (strip + 1) / strips - first;
-      Element* const z = scratch.z.get<Element>(round_up(kStrip, Isa::kRowBlock) * kDepth);
-      float* const y = scratch.product.get<float>(round_up(kStrip, Isa::kRowBlock) * columns);
-      for (int64_t start = 0; start < k; start += kDepth) {
-        const int64_t depth = std::min(kDepth, k - start);
-        for (int64_t row = 0; row < rows; ++row) pooled(first + row, start, depth, z + row * depth);
-        gemm<Word>({reinterpret_cast<const Word*>(z), depth / e, rows},
-                   {static_cast<const Word*>(p.conv), k / e, columns, start / e, depth / e}, y, start > 0);
-      }
+      const float* const y = multiply_strip<Word>(
+          rows, k, columns, p.conv, [&](int64_t row, int64_t start, int64_t depth, Element* z) {
+            const int64_t pixel = first + row, image = pixel / (height * width);
+            const int64_t i = pixel / width % height, j = pixel % width;
+            const Store* const corner = x + ((image * p.height + 2 * i) * p.width + 2 * j) * p.channels;
+            for (int64_t c = 0; c < depth; c += Isa::kLanes)
+              Isa::store(z + c, average_2x2(corner, p.width * p.channels, p.channels, start + c, norm));
+          });
       for (int64_t row = 0; row < rows; ++row)
         store_row<Round>(y + row * columns, p.out_channels, out + (first + row) * p.out_channels);
     }

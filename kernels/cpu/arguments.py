@@ -1,0 +1,76 @@
+"""Tensors as the C++ takes them: dense pixels, BatchNorms, weights, with what keeps their memory alive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import Array, c_void_p, sizeof
+
+import torch
+from torch import Tensor
+
+from ..contract import Norm
+from . import library
+from .library import DTYPES, Library, NormArgs, WeightArgs
+
+
+def loaded() -> Library:
+    """The library, or an error that says why there is none."""
+    found = library.load()
+    if isinstance(found, str):
+        raise RuntimeError(f"backend 'cpu' cannot run: {found}")
+    return found
+
+
+def pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [N, C, H, W] in dense channels-last memory, of ``dtype``; itself where it is so already."""
+    x = x.detach().to(dtype)
+    n, c, h, w = x.shape
+    if x.stride() == (h * w * c, 1, w * c, c):
+        return x
+    return torch.empty((n, h, w, c), dtype=dtype, device=x.device).copy_(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def pointers(tensors: Sequence[Tensor]) -> Array[c_void_p] | None:
+    """Where tensors are; ``None`` for no tensors."""
+    return (c_void_p * len(tensors))(*[t.data_ptr() for t in tensors]) if tensors else None
+
+
+class Norms:
+    """BatchNorms; keeps alive what the pointers point to.
+
+    Attributes:
+        array: one entry a norm.
+        dtype: the number of the dtype of all their vectors: their own where it is common to all, else float32.
+    """
+
+    def __init__(self, norms: Sequence[Norm], dtype: torch.dtype | None = None):
+        columns = [[getattr(norm, name) for norm in norms] for name in ("weight", "bias", "mean", "var")]
+        if dtype is None:
+            dtypes = {vector.dtype for vectors in columns for vector in vectors}
+            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        if dtype not in DTYPES:
+            dtype = torch.float32
+        self._columns = [
+            [v if v.dtype == dtype and v.is_contiguous() else v.to(dtype).contiguous() for v in vectors]
+            for vectors in columns
+        ]
+        self.dtype = DTYPES[dtype]
+        addresses = [[vector.data_ptr() for vector in vectors] for vectors in self._columns]
+        self.array = (NormArgs * len(norms))(*map(NormArgs, *addresses, [norm.eps for norm in norms]))
+
+    def array_from(self, start: int) -> Array[NormArgs] | None:
+        """The norms from ``start`` on; ``None`` where there are none."""
+        count = len(self.array) - start
+        return (NormArgs * count).from_buffer(self.array, start * sizeof(NormArgs)) if count else None
+
+
+class Weights:
+    """Convolution weights [K, C, 1, 1] or [K, C, 3, 3] of any strides; keeps alive what the pointers point to."""
+
+    def __init__(self, weights: Sequence[Tensor]):
+        self._weights = [w if w.dtype in DTYPES else w.float() for w in weights]
+        self.array = (WeightArgs * len(weights))()
+        for arg, w in zip(self.array, self._weights, strict=True):
+            arg.data, arg.dtype = w.data_ptr(), DTYPES[w.dtype]
+            arg.out, arg.in_, arg.size, _ = w.shape
+            arg.stride_out, arg.stride_in, arg.stride_h, arg.stride_w = w.stride()

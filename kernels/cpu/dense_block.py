@@ -1,0 +1,196 @@
+"""A dense block: at given statistics; in training, forward and backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..contract import (
+    ChannelStats,
+    DenseBlockGrads,
+    DenseBlockNeeds,
+    DenseBlockOutput,
+    DenseLayers,
+    empty_channels_last,
+)
+from ..portable.batch_norm import cast, laid_out_as, zero_stats
+from .arguments import Norms, Weights, loaded, pixels, pointers
+from .library import DTYPES, DenseBlockArgs, TrainingArgs, TrainingLayerArgs
+from .packing import packed
+
+
+def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) -> Tensor:
+    """Forward with running statistics: X alone, [N, C_L, H, W]."""
+    library = loaded()
+    n, c0, h, w = x.shape
+    store = torch.promote_types(x.dtype, dtype)
+    source = pixels(x, store)
+    out = empty_channels_last((n, layers.output_channels, h, w), store, x.device)
+    weights = packed(library, layers.conv1_weight + layers.conv2_weight, dtype)
+    first, second = weights[: layers.num_layers], weights[layers.num_layers :]
+    unread = zero_stats((0,), store, x.device)
+    norms = Norms(
+        [layers.norm1(layer, unread) for layer in range(layers.num_layers)]
+        + [layers.norm2(layer, unread) for layer in range(len(layers.norm2_weight))]
+    )
+    library.run(
+        "dense_block",
+        DenseBlockArgs(
+            images=n,
+            height=h,
+            width=w,
+            input_channels=c0,
+            growth_rate=layers.growth_rate,
+            bottleneck_channels=layers.bottleneck_channels,
+            layers=layers.num_layers,
+            x=source.data_ptr(),
+            out=out.data_ptr(),
+            norm1=norms.array,
+            norm2=norms.array_from(layers.num_layers),
+            conv1=pointers(first if second else []),
+            conv3=pointers(second or first),
+            store=DTYPES[store],
+            compute=DTYPES[dtype],
+            norm_dtype=norms.dtype,
+        ),
+    )
+    return out
+
+
+def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottleneck: bool) -> DenseBlockOutput:
+    """Forward with whichever statistics the norms ask for."""
+    n, _, h, w = x.shape
+    store = torch.promote_types(x.dtype, dtype)
+    source = pixels(x, store)
+    output = DenseBlockOutput(
+        empty_channels_last((n, layers.output_channels, h, w), store, x.device),
+        _bottlenecks(x, layers, dtype, layers.num_layers if save_bottleneck else 1),
+        *zero_stats((layers.output_channels,), store, x.device),
+        *zero_stats((layers.num_layers, layers.bottleneck_channels), store, x.device),
+    )
+    _Training(output, layers, dtype).run("training_forward", x=source.data_ptr())
+    return output if save_bottleneck else output._replace(bottleneck=[])
+
+
+def dense_block_backward(
+    grad_out: Tensor,
+    output: DenseBlockOutput,
+    layers: DenseLayers,
+    dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    needs: DenseBlockNeeds,
+) -> DenseBlockGrads:
+    """Gradients from that of X, for an input of ``x_dtype``. Bottlenecks that were not kept are made again."""
+    n, channels, h, w = output.out.shape
+    device, first_layer = output.out.device, needs.first_layer()
+    grad = torch.empty((n, h, w, channels), dtype=torch.float32, device=device).copy_(grad_out.permute(0, 2, 3, 1))
+    dx = torch.empty(0, dtype=x_dtype, device=device)
+    if needs.x:
+        dx = empty_channels_last((n, layers.input_channels, h, w), x_dtype, device)
+
+    keeps_bottlenecks = bool(output.bottleneck)
+    if not keeps_bottlenecks:
+        output = output._replace(bottleneck=_bottlenecks(output.out, layers, dtype, 1))
+    training = _Training(output, layers, dtype)
+    reached = [i >= first_layer for i in range(layers.num_layers)]
+    reached2 = reached if layers.has_bottleneck else []
+    conv1 = [a and b for a, b in zip(needs.conv1, reached, strict=True)]
+    conv2 = [a and b for a, b in zip(needs.conv2, reached2, strict=True)]
+    gradients = [
+        training.gradients("norm1_weight", layers.norm1_weight, reached),
+        training.gradients("norm1_bias", layers.norm1_bias, reached),
+        training.gradients("conv1_weight" if layers.has_bottleneck else "conv3_weight", layers.conv1_weight, conv1),
+        training.gradients("norm2_weight", layers.norm2_weight, reached2),
+        training.gradients("norm2_bias", layers.norm2_bias, reached2),
+        training.gradients("conv3_weight", layers.conv2_weight, conv2),
+    ]
+    training.run(
+        "training_backward",
+        grad=grad.data_ptr(),
+        dx=dx.data_ptr() if needs.x else None,
+        dx_dtype=DTYPES[x_dtype],
+        first_layer=first_layer,
+        keeps_bottlenecks=keeps_bottlenecks,
+    )
+    parameters = (
+        layers.norm1_weight, layers.norm1_bias, layers.conv1_weight,
+        layers.norm2_weight, layers.norm2_bias, layers.conv2_weight,
+    )  # fmt: skip
+    return DenseBlockGrads(
+        dx,
+        *(
+            [laid_out_as(g, p) if g.numel() else cast(g, p.dtype) for g, p in zip(made, of, strict=True)]
+            for made, of in zip(gradients, parameters, strict=True)
+        ),
+    )
+
+
+def _bottlenecks(like: Tensor, layers: DenseLayers, dtype: torch.dtype, count: int) -> list[Tensor]:
+    """Room for ``count`` layers' bottlenecks, [M, B]; none for a block without."""
+    n, _, h, w = like.shape
+    shape = (n * h * w, layers.bottleneck_channels)
+    return [like.new_empty(shape, dtype=dtype) for _ in range(count if layers.has_bottleneck else 0)]
+
+
+class _Training:
+    """A training call's arguments; keeps alive what their pointers point to."""
+
+    def __init__(self, output: DenseBlockOutput, layers: DenseLayers, dtype: torch.dtype):
+        num_layers = layers.num_layers
+        stats = ChannelStats(output.mean, output.var)
+        norm1 = [layers.norm1(i, stats) for i in range(num_layers)]
+        norm2 = [
+            layers.norm2(i, ChannelStats(output.bottleneck_mean[i], output.bottleneck_var[i]))
+            for i in range(len(layers.norm2_weight))
+        ]
+        self._norm1, self._norm2 = Norms(norm1, torch.float32), Norms(norm2, torch.float32)
+        self._conv1, self._conv3 = Weights(layers.conv1_weight), Weights(layers.growth_weight)
+        self._masks = [
+            [mask.permute(0, 2, 3, 1).contiguous() for mask in masks]
+            for masks in (layers.bottleneck_mask, layers.growth_mask)
+        ]
+        self._output = output
+        self._layers = (TrainingLayerArgs * num_layers)()
+        for i, args in enumerate(self._layers):
+            args.norm1, args.batch1 = self._norm1.array[i], norm1[i].batch_stats
+            args.conv1, args.conv3 = self._conv1.array[i], self._conv3.array[i]
+            if layers.has_bottleneck:
+                args.norm2, args.batch2 = self._norm2.array[i], norm2[i].batch_stats
+                args.bottleneck = output.bottleneck[i if len(output.bottleneck) > 1 else 0].data_ptr()
+            for field, masks in zip(("bottleneck_mask", "growth_mask"), self._masks, strict=True):
+                if masks:
+                    setattr(args, field, masks[i].data_ptr())
+        n, _, h, w = output.out.shape
+        self._args = TrainingArgs(
+            images=n,
+            height=h,
+            width=w,
+            input_channels=layers.input_channels,
+            growth_rate=layers.growth_rate,
+            bottleneck_channels=layers.bottleneck_channels,
+            layers=num_layers,
+            out=output.out.data_ptr(),
+            layer=self._layers,
+            mean=output.mean.data_ptr(),
+            var=output.var.data_ptr(),
+            bottleneck_mean=output.bottleneck_mean.data_ptr(),
+            bottleneck_var=output.bottleneck_var.data_ptr(),
+            keep_scale=layers.keep_scale,
+            store=DTYPES[output.out.dtype],
+            compute=DTYPES[dtype],
+        )
+
+    def gradients(self, field: str, parameters: list[Tensor], needed: list[bool]) -> list[Tensor]:
+        """Room for a parameter's gradients, float32 and dense, in every layer; empty where it is not needed."""
+        made = []
+        for args, parameter, need in zip(self._layers, parameters, needed, strict=False):
+            gradient = parameter.new_empty(parameter.shape if need else 0, dtype=torch.float32)
+            made.append(gradient)
+            if need:
+                setattr(args, field, gradient.data_ptr())
+        return made
+
+    def run(self, name: str, **more: object) -> None:
+        for field, value in more.items():
+            setattr(self._args, field, value)
+        loaded().run(name, self._args)

@@ -1,0 +1,187 @@
+// Gradients of transition, stem tail and head: z is made again from x, and x alone was kept.
+//
+// Included by each instruction set's file, inside its namespace, after its Isa.
+
+// A norm's own gradients from the sums s1 and, but for rstd, s2 of `rows` pixels; and p and q of what its batch's
+// statistics let through to its input.
+inline void norm_gradients(const Sums& sums, const Normalization& norm, int64_t rows, int64_t c, int64_t c_padded,
+                           float* weight, float* bias, float* p, float* q) {
+  const Vector share = Isa::broadcast(-1 / static_cast<float>(rows));
+  for (int64_t v = 0; v < c_padded; v += Isa::kLanes) {
+    const Vector rstd = Isa::load(norm.rstd + v), each = Isa::mul(Isa::load(norm.scale + v), share);
+    const Vector s1 = sums.total(v), s2 = Isa::mul(sums.total(c_padded + v), rstd);
+    store_up_to(bias + v, s1, c - v);
+    store_up_to(weight + v, s2, c - v);
+    Isa::store(p + v, Isa::mul(each, s1));
+    Isa::store(q + v, Isa::mul(Isa::mul(each, rstd), s2));
+  }
+}
+
+// Gradients of z = relu(norm(x)), given that of z at dz(image, y, x, channel, how many exist): a pass for the sums and
+// one for dx.
+template <class Store, class Dz>
+void norm_relu_backward(const PointwiseGradArgs& p, const Team& team, const Normalization& norm, const Dz& dz) {
+  const int64_t c = p.channels, padded = round_up(c, Isa::kLanes), rows = p.images * p.height;
+  const int64_t slots = std::max<int64_t>(1, team.threads);
+  const auto* const x = static_cast<const Store*>(p.x);
+  const auto for_each = [&](int64_t row, const auto& use) {  // use(element, channel, how many exist, x, da)
+    const int64_t image = row / p.height, y = row % p.height;
+    for (int64_t j = 0; j < p.width; ++j)
+      for (int64_t v = 0; v < padded; v += Isa::kLanes) {
+        const int64_t at = (row * p.width + j) * c + v;
+        const Vector value = load_up_to(x + at, c - v);
+        use(at, v, c - v, value, Isa::where_positive(norm(value, v), dz(image, y, j, v, c - v)));
+      }
+  };
+  Sums sums;
+  sums.begin(slots, 2 * padded);
+  team.run(slots, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      float* const s1 = sums.clear(slot);
+      float* const s2 = s1 + padded;
+      for (int64_t row = rows * slot / slots; row < rows * (slot + 1) / slots; ++row)
+        for_each(row, [&](int64_t, int64_t v, int64_t, Vector value, Vector da) {
+          const Vector centred = Isa::sub(value, Isa::load(norm.mean + v));
+          Isa::store(s1 + v, Isa::add(Isa::load(s1 + v), da));
+          Isa::store(s2 + v, Isa::multiply_add(da, centred, Isa::load(s2 + v)));
+        });
+    }
+  });
+  std::vector<float> through(2 * padded);
+  float* const through_p = through.data();
+  float* const through_q = through_p + padded;
+  norm_gradients(sums, norm, rows * p.width, c, padded, p.norm_weight, p.norm_bias, through_p, through_q);
+  if (!p.batch) std::fill(through.begin(), through.end(), 0.f);
+  team.run(rows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for_each(row, [&](int64_t at, int64_t v, int64_t exist, Vector value, Vector da) {
+        const Vector centred = Isa::sub(value, Isa::load(norm.mean + v));
+        const Vector scaled = Isa::mul(da, Isa::load(norm.scale + v));
+        const Vector passed = Isa::multiply_add(centred, Isa::load(through_q + v), Isa::load(through_p + v));
+        store_up_to(static_cast<Store*>(p.dx) + at, p.batch ? Isa::add(scaled, passed) : scaled, exist);
+      });
+  });
+}
+
+// The pooled pixels are multiplied, so dz is a quarter of W^T's product with the output's gradient at four pixels.
+template <class Store, class Round>
+void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
+  using Word = FloatWord;
+  constexpr int64_t kStrip = 2 * Isa::kStrip, kChunk = 4 * Isa::kPanel;
+  const Team team{parallel_for, p.threads};
+  const int64_t height = p.height / 2, width = p.width / 2, pixels = p.images * height * width;
+  const int64_t c = p.channels, c_padded = padded<Word>(c), k = p.out_channels, k_padded = padded<Word>(k);
+  const int64_t slots = std::max<int64_t>(1, team.threads), strips = ceil_div(pixels, kStrip);
+  const auto* const x = static_cast<const Store*>(p.x);
+  const auto* const grad_out = static_cast<const Round*>(p.grad_out);
+  const Vector quarter = Isa::broadcast(.25f);
+  Normalization norm;
+  norm.set(p.norm, c, c_padded);
+  Buffer packed_memory, dpooled_memory;
+  const float* const w = pack_in_parallel<Word>(transposed(p.conv), team, packed_memory);
+  float* const dpooled = dpooled_memory.get<float>(pixels * c_padded);
+  Sums weight_sums;
+  weight_sums.begin(slots, p.conv_weight != nullptr ? c_padded * k_padded : 0);
+
+  team.run(slots, [&](int64_t begin, int64_t end) {
+    Scratch& scratch = Scratch::of_this_thread();
+    constexpr int64_t z_stride = kChunk + Isa::kLanes;
+    float* const z = scratch.z.get<float>(kStrip * z_stride);
+    float* const product = scratch.product.get<float>(kStrip * kChunk);
+    float* const dy = scratch.dy.get<float>(kStrip * k_padded);
+    float* const dy_panels = scratch.gradient.get<float>(kStrip * k_padded);
+    for (int64_t slot = begin; slot < end; ++slot) {
+      float* const weight_sum = p.conv_weight != nullptr ? weight_sums.clear(slot) : nullptr;
+      for (int64_t strip = strips * slot / slots; strip < strips * (slot + 1) / slots; ++strip) {
+        const int64_t first = pixels * strip / strips, rows = pixels * (strip + 1) / strips - first;
+        const int64_t depth = round_up(rows, 4);
+        for (int64_t row = 0; row < rows; ++row)
+          for (int64_t v = 0; v < k_padded; v += Isa::kLanes)
+            Isa::store(dy + row * k_padded + v, load_up_to(grad_out + (first + row) * k + v, k - v));
+        make_panels(dy, rows, k_padded, dy_panels, depth);
+        for (int64_t start = 0; start < c_padded; start += kChunk) {
+          const int64_t chunk = std::min(kChunk, c_padded - start);
+          gemm<Word>({reinterpret_cast<const Word*>(dy), k_padded, rows},
+                     {reinterpret_cast<const Word*>(w + start * k_padded), k_padded, chunk, 0, k_padded}, product, false);
+          for (int64_t row = 0; row < rows; ++row)
+            for (int64_t v = 0; v < chunk; v += Isa::kLanes)
+              Isa::store(dpooled + (first + row) * c_padded + start + v,
+                         Isa::mul(quarter, Isa::load(product + row * chunk + v)));
+          if (weight_sum == nullptr) continue;
+          for (int64_t row = 0; row < depth; ++row) {
+            float* const target = z + row * z_stride;
+            if (row >= rows) {
+              std::memset(target, 0, chunk * sizeof(float));
+              continue;
+            }
+            const int64_t at = first + row, image = at / (height * width), i = at / width % height, j = at % width;
+            const Store* const corner = x + ((image * p.height + 2 * i) * p.width + 2 * j) * c;
+            for (int64_t v = 0; v < chunk; v += Isa::kLanes)
+              Isa::store(target + v, average_2x2(corner, p.width * c, c, start + v, norm));
+          }
+          add_gemm<Word>({reinterpret_cast<const Word*>(z), z_stride, chunk},
+                         {reinterpret_cast<const Word*>(dy_panels), depth, k_padded, 0, depth},
+                         weight_sum + start * k_padded);
+        }
+      }
+    }
+  });
+  if (p.conv_weight != nullptr) transpose_sums(weight_sums, k_padded, k, c, team, p.conv_weight);
+
+  norm_relu_backward<Store>(p, team, norm, [&](int64_t image, int64_t i, int64_t j, int64_t v, int64_t) {
+    const bool pooled = i / 2 < height && j / 2 < width;
+    return pooled ? Isa::load(dpooled + ((image * height + i / 2) * width + j / 2) * c_padded + v) : Isa::zero();
+  });
+}
+
+template <class Store>
+void stem_tail_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
+  const Team team{parallel_for, p.threads};
+  const int64_t height = (p.height + 1) / 2, width = (p.width + 1) / 2, c = p.channels;
+  const int64_t padded = round_up(c, Isa::kLanes);
+  const auto* const x = static_cast<const Store*>(p.x);
+  const auto* const grad_out = static_cast<const Store*>(p.grad_out);
+  Normalization norm;
+  norm.set(p.norm, c, padded);
+  Buffer memory;  // where, of its nine pixels, each window's first maximum is
+  Float16* const places = memory.get<Float16>(p.images * height * width * padded);
+  team.run(p.images * height, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t j = 0; j < width; ++j)
+        for (int64_t v = 0; v < padded; v += Isa::kLanes) {
+          Vector best = Isa::broadcast(-1), place = Isa::zero();  // a ReLU makes no less than 0
+          for (int64_t i = 0; i < 9; ++i) {
+            const int64_t y = row % height * 2 + i / 3 - 1, at = 2 * j + i % 3 - 1;
+            if (y < 0 || y >= p.height || at < 0 || at >= p.width) continue;
+            const Store* const pixel = x + ((row / height * p.height + y) * p.width + at) * c;
+            const Vector value = norm(load_up_to(pixel + v, c - v), v);
+            place = Isa::where_greater(value, best, Isa::broadcast(static_cast<float>(i)), place);
+            best = Isa::where_greater(value, best, value, best);
+          }
+          Isa::store(places + (row * width + j) * padded + v, place);
+        }
+  });
+  norm_relu_backward<Store>(p, team, norm, [&](int64_t image, int64_t y, int64_t at, int64_t v, int64_t exist) {
+    Vector sum = Isa::zero();
+    for (int64_t i = y / 2; i <= (y + 1) / 2 && i < height; ++i)
+      for (int64_t j = at / 2; j <= (at + 1) / 2 && j < width; ++j) {
+        const int64_t window = (image * height + i) * width + j, mine = (y - 2 * i + 1) * 3 + at - 2 * j + 1;
+        const Vector chosen = Isa::load(places + window * padded + v);
+        const Vector dout = load_up_to(grad_out + window * c + v, exist);
+        sum = Isa::add(sum, Isa::where_equal(chosen, Isa::broadcast(static_cast<float>(mine)), dout));
+      }
+    return sum;
+  });
+}
+
+template <class Store>
+void head_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
+  const Vector share = Isa::broadcast(1 / static_cast<float>(p.height * p.width));
+  Normalization norm;
+  norm.set(p.norm, p.channels, round_up(p.channels, Isa::kLanes));
+  norm_relu_backward<Store>(
+      p, Team{parallel_for, p.threads}, norm, [&](int64_t image, int64_t, int64_t, int64_t v, int64_t exist) {
+        const auto* const dout = static_cast<const Store*>(p.grad_out) + image * p.channels + v;
+        return Isa::mul(share, load_up_to(dout, exist));
+      });
+}

@@ -1,0 +1,478 @@
+// A dense block in training, over one shared buffer X, [M, C_L], and its gradient G: see kernels/contract.py for the
+// letters and kernels/portable/batch_norm.py for the formulas.
+//
+// Forward, for each layer two passes over the batch, each making the statistics of what it stores:
+//
+//   h = relu(norm1(X[:, :C_l])) W1                      strips of pixels
+//   X[:, C_l : C_l + k] = conv3x3(relu(norm2(h)), W2)   windows of pixels
+//
+// Backward, for each layer from the last two passes:
+//
+//   dy = G[:, C_l : C_l + k] + P + Q (x - mean); da2 = conv3x3^T(dy, W2) 1[u > 0]; dW2    windows
+//   dh = norm2's gradient of da2; G[:, :C_l] += scale1 da1, da1 = (dh W1^T) 1[z > 0]; dW1  strips; X and G pass once
+//
+// What norm1's statistics let through to X is gathered in vectors P and Q and added where a gradient is consumed.
+// Without bottlenecks the 3x3 reads X itself. Weights' gradients are summed by each thread, then over the threads in
+// order: a result depends on how many there are, and on nothing else.
+//
+// Included by each instruction set's file, inside its namespace, after its Isa.
+
+// A batch cut into windows for 3x3 convolutions: some images each, or an even number of rows of one.
+class Windows {
+ public:
+  Windows(int64_t images, int64_t height, int64_t width, int64_t threads)
+      : images_(images), height_(height), width_(width) {
+    constexpr int64_t kTiles = 96;  // of 2x2 pixels, that a window should have
+    const int64_t across = ceil_div(width, 2), bands = ceil_div(height, 2);
+    if (across * bands >= kTiles) {
+      parts_ = ceil_div(bands, std::max<int64_t>(1, kTiles / across));
+      count_ = images * parts_;
+    } else {
+      const int64_t together = std::min(kTiles / (across * bands), std::max<int64_t>(1, images / threads));
+      count_ = ceil_div(images, together);
+    }
+  }
+
+  struct Place {
+    int64_t image, images, top, rows;
+  };
+  int64_t count() const { return count_; }
+  Place operator[](int64_t i) const {
+    if (parts_ == 0) {
+      const int64_t image = images_ * i / count_;
+      return {image, images_ * (i + 1) / count_ - image, 0, height_};
+    }
+    const int64_t bands = ceil_div(height_, 2), part = i % parts_;
+    const int64_t top = bands * part / parts_ * 2, bottom = std::min(height_, bands * (part + 1) / parts_ * 2);
+    return {i / parts_, 1, top, bottom - top};
+  }
+
+ private:
+  int64_t images_, height_, width_, count_, parts_ = 0;
+};
+
+template <class Store, class Round>
+class TrainingBlock {
+  using Word = FloatWord;
+  using Place = Windows::Place;
+  static constexpr int64_t kStrip = Isa::kStrip;           // pixels of a forward's strip
+  static constexpr int64_t kGradientStrip = 2 * Isa::kStrip;
+  static constexpr int64_t kChunk = 4 * Isa::kPanel;       // channels whose gradients are made at once
+  static constexpr int64_t kTiles = 2 * Isa::kRows;        // Winograd's tiles that are transformed at once
+
+ public:
+  TrainingBlock(const TrainingArgs& args, ParallelFor parallel_for)
+      : p_(args),
+        team_{parallel_for, args.threads},
+        pixels_(args.images * args.height * args.width),
+        channels_(args.input_channels + args.layers * args.growth_rate),
+        hidden_(args.bottleneck_channels),
+        hidden_padded_(padded<Word>(hidden_)),
+        growth_padded_(padded<Word>(args.growth_rate)),
+        x_(static_cast<Store*>(args.out)),
+        windows_(args.images, args.height, args.width, args.threads),
+        shares_statistics_(std::any_of(args.layer, args.layer + args.layers,
+                                       [](const TrainingLayer& layer) { return layer.batch1 != 0; })) {}
+
+  void forward() {
+    copy_input();
+    for (int64_t i = 0; i < p_.layers; ++i) {
+      const TrainingLayer& layer = p_.layer[i];
+      const int64_t c = channels(i);
+      norm1_.set(layer.norm1, c, padded<Word>(c));
+      if (hidden_ > 0) {
+        make_bottleneck(i, layer.batch2 != 0);
+        norm2_.set(layer.norm2, hidden_, hidden_padded_);
+        grow(i, static_cast<const Round*>(layer.bottleneck), hidden_, hidden_, norm2_);
+      } else {
+        grow(i, x_, channels_, c, norm1_);
+      }
+    }
+  }
+
+  void backward() {
+    through_.assign(2 * round_up(channels_, Isa::kLanes), 0.f);
+    for (int64_t i = p_.layers; i-- > p_.first_layer;) {
+      const TrainingLayer& layer = p_.layer[i];
+      norm1_.set(layer.norm1, channels(i), padded<Word>(channels(i)));
+      if (hidden_ > 0) {
+        if (!p_.keeps_bottlenecks) make_bottleneck(i, false);
+        norm2_.set(layer.norm2, hidden_, hidden_padded_);
+        shrink(i, static_cast<const Round*>(layer.bottleneck), hidden_, hidden_, norm2_);
+        undo_bottleneck(i);
+      } else {
+        shrink(i, x_, channels_, channels(i), norm1_);
+      }
+    }
+    if (p_.dx != nullptr) make_dx();
+  }
+
+ private:
+  int64_t channels(int64_t layer) const { return p_.input_channels + layer * p_.growth_rate; }
+
+  // -- forward --------------------------------------------------------------------------------------------------
+
+  void copy_input() {
+    constexpr int64_t kTile = 64;
+    const int64_t c0 = p_.input_channels;
+    const int64_t tiles = ceil_div(pixels_, kTile), segments = std::min(tiles, Statistics::kSegments);
+    statistics_.begin(segments, c0);
+    team_.run(segments, [&](int64_t begin, int64_t end) {
+      for (int64_t segment = begin; segment < end; ++segment)
+        for (int64_t tile = tiles * segment / segments; tile < tiles * (segment + 1) / segments; ++tile) {
+          const int64_t first = tile * kTile, rows = std::min(kTile, pixels_ - first);
+          const Store* const x = static_cast<const Store*>(p_.x) + first * c0;
+          for (int64_t row = 0; row < rows; ++row)
+            std::memcpy(static_cast<void*>(x_ + (first + row) * channels_), x + row * c0, c0 * sizeof(Store));
+          if (shares_statistics_) statistics_.add(segment, x, rows, c0);
+        }
+    });
+    if (shares_statistics_) statistics_.finish(p_.mean, p_.var);
+  }
+
+  void make_bottleneck(int64_t i, bool with_statistics) {
+    const TrainingLayer& layer = p_.layer[i];
+    const int64_t c = channels(i);
+    auto* const h = static_cast<Round*>(layer.bottleneck);
+    const float* const w = pack_in_parallel<Word>(layer.conv1, team_, packed_);
+    const int64_t strips = ceil_div(pixels_, kStrip), segments = std::min(strips, Statistics::kSegments);
+    statistics_.begin(segments, hidden_);
+    team_.run(segments, [&](int64_t begin, int64_t end) {
+      for (int64_t segment = begin; segment < end; ++segment)
+        for (int64_t strip = strips * segment / segments; strip < strips * (segment + 1) / segments; ++strip) {
+          const int64_t first = pixels_ * strip / strips, rows = pixels_ * (strip + 1) / strips - first;
+          const Store* const x = x_ + first * channels_;
+          float* const product = multiply_strip<Word>(
+              rows, padded<Word>(c), hidden_padded_, w, [&](int64_t row, int64_t start, int64_t depth, float* z) {
+                affine_relu_row(x + row * channels_ + start, norm1_.from(start), std::min(depth, c - start), depth, z);
+              });
+          for (int64_t row = 0; row < rows; ++row) {
+            drop(product + row * hidden_padded_, layer.bottleneck_mask, first + row, hidden_);
+            store_row<Round>(product + row * hidden_padded_, hidden_, h + (first + row) * hidden_);
+          }
+          if (with_statistics) statistics_.add(segment, h + first * hidden_, rows, hidden_);
+        }
+    });
+    if (with_statistics) statistics_.finish(p_.bottleneck_mean + i * hidden_, p_.bottleneck_var + i * hidden_);
+  }
+
+  // The 3x3 of a layer, from c channels of `source`, to the new channels of X.
+  template <class Source>
+  void grow(int64_t i, const Source* source, int64_t stride, int64_t c, const Normalization& norm) {
+    const TrainingLayer& layer = p_.layer[i];
+    const float* const w = pack_in_parallel<Word>(layer.conv3, team_, packed_);
+    Store* const y = x_ + channels(i);
+    const int64_t segments = std::min(windows_.count(), Statistics::kSegments);
+    statistics_.begin(segments, p_.growth_rate);
+    team_.run(segments, [&](int64_t begin, int64_t end) {
+      for (int64_t segment = begin; segment < end; ++segment)
+        for (int64_t n = windows_.count() * segment / segments; n < windows_.count() * (segment + 1) / segments; ++n) {
+          const Place place = windows_[n];
+          const Window<Word> window = padded_window(place, padded<Word>(c));
+          const float* const u = make_u(place, window, source, stride, c, norm);
+          convolve_in_parts(window, u, w, growth_padded_, [&](int64_t image, int64_t row, float* values) {
+            const int64_t first = pixel(place, image, row);
+            for (int64_t j = 0; j < p_.width; ++j) {
+              drop(values + j * growth_padded_, layer.growth_mask, first + j, p_.growth_rate);
+              store_row<Round>(values + j * growth_padded_, p_.growth_rate, y + (first + j) * channels_);
+            }
+          });
+          if (shares_statistics_)
+            statistics_.add(segment, y + pixel(place, 0, 0) * channels_, window.rows() * p_.width, channels_);
+        }
+    });
+    if (shares_statistics_) statistics_.finish(p_.mean + channels(i), p_.var + channels(i));
+  }
+
+  // -- backward -------------------------------------------------------------------------------------------------
+
+  // The 3x3 of a layer backwards: to da of its bottleneck, or without one to G; its norm's gradients.
+  template <class Source>
+  void shrink(int64_t i, const Source* source, int64_t stride, int64_t c, const Normalization& norm) {
+    const TrainingLayer& layer = p_.layer[i];
+    const int64_t c_padded = padded<Word>(c), k = growth_padded_;
+    const bool wants_weight = layer.conv3_weight != nullptr;
+    const float* const w = pack_in_parallel<Word>(transposed(layer.conv3), team_, packed_);
+    if (hidden_ > 0) da_ = da_memory_.get<float>(pixels_ * hidden_padded_);
+    sums_.begin(slots(), 2 * c_padded);
+    if (wants_weight) weight_sums_.begin(slots(), 16 * c_padded * k);
+    team_.run(slots(), [&](int64_t begin, int64_t end) {
+      for (int64_t slot = begin; slot < end; ++slot) {
+        float* const s1 = sums_.clear(slot);
+        float* const s2 = s1 + c_padded;
+        float* const weight_sum = wants_weight ? weight_sums_.clear(slot) : nullptr;
+        for (int64_t n = windows_.count() * slot / slots(); n < windows_.count() * (slot + 1) / slots(); ++n) {
+          const Place place = windows_[n];
+          const Window<Word> dy_window = padded_window(place, k), u_window = padded_window(place, c_padded);
+          const float* const dy = make_dy(i, place, dy_window);
+          convolve_in_parts(dy_window, dy, w, c_padded, [&](int64_t image, int64_t row, const float* du) {
+            const int64_t first = pixel(place, image, row);
+            const Source* const x = source + first * stride;
+            if (hidden_ > 0)
+              mask_row(x, stride, c, norm, du, c_padded, s1, s2, [&](int64_t at, int64_t channel, Vector da, int64_t) {
+                Isa::store(da_ + (first + at) * hidden_padded_ + channel, da);
+              });
+            else
+              mask_row(x, stride, c, norm, du, c_padded, s1, s2, gather(norm, first));
+          });
+          if (wants_weight) {
+            const float* const u = make_u(place, u_window, source, stride, c, norm);
+            add_weight_gradient(u_window, u, dy_window, dy, weight_sum);
+          }
+        }
+      }
+    });
+    finish_norm(norm, c, c_padded, hidden_ > 0 ? layer.norm2_weight : layer.norm1_weight,
+                hidden_ > 0 ? layer.norm2_bias : layer.norm1_bias);
+    if (hidden_ == 0 && layer.batch1) share_through(c);
+    if (wants_weight) finish_conv3(c, c_padded, layer.conv3_weight);
+  }
+
+  // da = du 1[u > 0] of a row of pixels, handed to use(pixel, channel, da, how many exist); adds up s1 and, but for
+  // rstd, s2.
+  template <class Source, class Use>
+  void mask_row(const Source* x, int64_t stride, int64_t c, const Normalization& norm, const float* du,
+                int64_t c_padded, float* s1, float* s2, const Use& use) {
+    for (int64_t v = 0; v < c_padded; v += Isa::kLanes) {
+      Vector sum1 = Isa::load(s1 + v), sum2 = Isa::load(s2 + v);
+      const Vector mean = Isa::load(norm.mean + v);
+      for (int64_t j = 0; j < p_.width; ++j) {
+        const Vector value = load_up_to(x + j * stride + v, c - v);
+        const Vector da = Isa::where_positive(norm(value, v), Isa::load(du + j * c_padded + v));
+        sum1 = Isa::add(sum1, da);
+        sum2 = Isa::multiply_add(da, Isa::sub(value, mean), sum2);
+        use(j, v, da, c - v);
+      }
+      Isa::store(s1 + v, sum1);
+      Isa::store(s2 + v, sum2);
+    }
+  }
+
+  // Adds scale * da to G, at pixels from `first`.
+  auto gather(const Normalization& norm, int64_t first) {
+    return [this, &norm, first](int64_t at, int64_t channel, Vector da, int64_t exist) {
+      float* const g = p_.grad + (first + at) * channels_ + channel;
+      store_up_to(g, Isa::multiply_add(da, Isa::load(norm.scale + channel), load_up_to(g, exist)), exist);
+    };
+  }
+
+  // The 1x1 of a layer backwards, from da of its bottleneck to G, in one pass over X; its gradient and norm1's.
+  void undo_bottleneck(int64_t i) {
+    const TrainingLayer& layer = p_.layer[i];
+    const int64_t c = channels(i), c_padded = padded<Word>(c);
+    const bool wants_weight = layer.conv1_weight != nullptr;
+    const float* const w = pack_in_parallel<Word>(transposed(layer.conv1), team_, packed_);
+    sums_.begin(slots(), 2 * c_padded);
+    if (wants_weight) weight_sums_.begin(slots(), c_padded * hidden_padded_);
+    const int64_t strips = ceil_div(pixels_, kGradientStrip);
+    team_.run(slots(), [&](int64_t begin, int64_t end) {
+      Scratch& scratch = Scratch::of_this_thread();
+      constexpr int64_t z_stride = kChunk + Isa::kLanes;  // no power of two: a column would fall into few sets
+      float* const z = scratch.z.get<float>(kGradientStrip * z_stride);
+      float* const dz = scratch.product.get<float>(kGradientStrip * kChunk);
+      for (int64_t slot = begin; slot < end; ++slot) {
+        float* const s1 = sums_.clear(slot);
+        float* const s2 = s1 + c_padded;
+        float* const weight_sum = wants_weight ? weight_sums_.clear(slot) : nullptr;
+        for (int64_t strip = strips * slot / slots(); strip < strips * (slot + 1) / slots(); ++strip) {
+          const int64_t first = pixels_ * strip / strips, rows = pixels_ * (strip + 1) / strips - first;
+          const int64_t depth = round_up(rows, 4);
+          float* const dh = scratch.dy.get<float>(kGradientStrip * hidden_padded_);
+          float* const dh_panels = scratch.gradient.get<float>(kGradientStrip * hidden_padded_);
+          make_dh(layer, first, rows, dh, dh_panels, depth);
+          for (int64_t start = 0; start < c_padded; start += kChunk) {
+            const int64_t width = std::min(kChunk, c_padded - start);
+            gemm<Word>({reinterpret_cast<const Word*>(dh), hidden_padded_, rows},
+                       {reinterpret_cast<const Word*>(w + start * hidden_padded_), hidden_padded_, width, 0,
+                        hidden_padded_},
+                       dz, false);
+            for (int64_t row = 0; row < rows; ++row)
+              undo_norm1(first + row, start, width, c, dz + row * width, z + row * z_stride, s1, s2);
+            if (!wants_weight) continue;
+            for (int64_t row = rows; row < depth; ++row) std::memset(z + row * z_stride, 0, width * sizeof(float));
+            add_gemm<Word>({reinterpret_cast<const Word*>(z), z_stride, width},
+                           {reinterpret_cast<const Word*>(dh_panels), depth, hidden_padded_, 0, depth},
+                           weight_sum + start * hidden_padded_);
+          }
+        }
+      }
+    });
+    finish_norm(norm1_, c, c_padded, layer.norm1_weight, layer.norm1_bias);
+    if (layer.batch1) share_through(c);
+    if (wants_weight) transpose_sums(weight_sums_, hidden_padded_, hidden_, c, team_, layer.conv1_weight);
+  }
+
+  // z, and da = dz 1[z > 0] into G and the sums, of some channels of a pixel.
+  void undo_norm1(int64_t pixel, int64_t start, int64_t width, int64_t c, const float* dz, float* z, float* s1,
+                  float* s2) {
+    const Store* const x = x_ + pixel * channels_;
+    float* const g = p_.grad + pixel * channels_;
+    for (int64_t v = start; v < start + width; v += Isa::kLanes) {
+      const Vector value = load_up_to(x + v, c - v), activated = norm1_(value, v);
+      const Vector da = Isa::where_positive(activated, Isa::load(dz + v - start));
+      Isa::store(z + v - start, activated);
+      store_up_to(g + v, Isa::multiply_add(da, Isa::load(norm1_.scale + v), load_up_to(g + v, c - v)), c - v);
+      Isa::store(s1 + v, Isa::add(Isa::load(s1 + v), da));
+      Isa::store(s2 + v, Isa::multiply_add(da, Isa::sub(value, Isa::load(norm1_.mean + v)), Isa::load(s2 + v)));
+    }
+  }
+
+  // The gradient of h, of some pixels: in rows, and in panels as the right side of a multiply.
+  void make_dh(const TrainingLayer& layer, int64_t first, int64_t rows, float* dh, float* panels, int64_t depth) {
+    const auto* const h = static_cast<const Round*>(layer.bottleneck);
+    const float* const p = own_through_.data();
+    const float* const q = p + hidden_padded_;
+    for (int64_t row = 0; row < rows; ++row) {
+      float* const target = dh + row * hidden_padded_;
+      const int64_t at = first + row;
+      for (int64_t v = 0; v < hidden_padded_; v += Isa::kLanes) {
+        const Vector scaled = Isa::mul(Isa::load(da_ + at * hidden_padded_ + v), Isa::load(norm2_.scale + v));
+        const Vector centred =
+            Isa::sub(load_up_to(h + at * hidden_ + v, hidden_ - v), Isa::load(norm2_.mean + v));
+        const Vector through = Isa::multiply_add(centred, Isa::load(q + v), Isa::load(p + v));
+        Isa::store(target + v, layer.batch2 ? Isa::add(scaled, through) : scaled);
+      }
+      drop(target, layer.bottleneck_mask, at, hidden_);
+    }
+    make_panels(dh, rows, hidden_padded_, panels, depth);
+  }
+
+  void make_dx() {
+    const int64_t c0 = p_.input_channels;
+    with_element_type(p_.dx_dtype, [&](auto* type) {
+      using Element = std::remove_pointer_t<decltype(type)>;
+      team_.run(pixels_, [&](int64_t begin, int64_t end) {
+        for (int64_t at = begin; at < end; ++at) {
+          Element* const target = static_cast<Element*>(p_.dx) + at * c0;
+          for (int64_t v = 0; v < c0; v += Isa::kLanes) store_up_to(target + v, true_gradient(at, v, c0 - v), c0 - v);
+        }
+      });
+    });
+  }
+
+  // G + P + Q (x - mean) of kLanes channels of a pixel, or of those that exist.
+  Vector true_gradient(int64_t at, int64_t channel, int64_t exist) const {
+    const float* const p = through_.data() + channel;
+    const float* const q = p + through_.size() / 2;
+    const Vector x = load_up_to(x_ + at * channels_ + channel, exist);
+    const Vector centred = Isa::sub(x, load_up_to(p_.mean + channel, exist));
+    const Vector g = load_up_to(p_.grad + at * channels_ + channel, exist);
+    const Vector full = Isa::add(g, Isa::multiply_add(centred, load_up_to(q, exist), load_up_to(p, exist)));
+    return shares_statistics_ ? full : g;
+  }
+
+  // The gradients of the norm at hand; what its statistics let through goes to `own_through_`.
+  void finish_norm(const Normalization& norm, int64_t c, int64_t c_padded, float* weight, float* bias) {
+    own_through_.resize(2 * c_padded);
+    norm_gradients(sums_, norm, pixels_, c, c_padded, weight, bias, own_through_.data(),
+                   own_through_.data() + c_padded);
+  }
+
+  void share_through(int64_t c) {
+    const int64_t own_half = own_through_.size() / 2, half = through_.size() / 2;
+    for (int64_t v = 0; v < c; ++v) {
+      through_[v] += own_through_[v];
+      through_[half + v] += own_through_[own_half + v];
+    }
+  }
+
+  // dW2: [k, C, 3, 3] from the sums' [16, C, k].
+  void finish_conv3(int64_t c, int64_t c_padded, float* out) {
+    const int64_t k = growth_padded_;
+    team_.run(c, [&](int64_t begin, int64_t end) {
+      for (int64_t n = 0; n < p_.growth_rate; n += Isa::kLanes)
+        for (int64_t channel = begin; channel < end; ++channel) {
+          Vector places[4][4], taps[3][3];
+          float values[9][Isa::kLanes];
+          for (int64_t place = 0; place < 16; ++place)
+            places[place / 4][place % 4] = weight_sums_.total((place * c_padded + channel) * k + n);
+          transform_weight_gradient(places, taps);
+          for (int tap = 0; tap < 9; ++tap) Isa::store(values[tap], taps[tap / 3][tap % 3]);
+          for (int64_t lane = 0; lane < std::min<int64_t>(Isa::kLanes, p_.growth_rate - n); ++lane)
+            for (int tap = 0; tap < 9; ++tap) out[((n + lane) * c + channel) * 9 + tap] = values[tap][lane];
+        }
+    });
+  }
+
+  // -- what both share ------------------------------------------------------------------------------------------
+
+  int64_t slots() const { return std::max<int64_t>(1, team_.threads); }
+
+  // The pixel, of all the batch's, at the left of a row of a window.
+  int64_t pixel(const Place& place, int64_t image, int64_t row) const {
+    return ((place.image + image) * p_.height + place.top + row) * p_.width;
+  }
+
+  Window<Word> padded_window(const Place& place, int64_t channels) const {
+    return {place.images, place.rows, p_.width, channels, channels};
+  }
+
+  template <class Sink>
+  void convolve_in_parts(const Window<Word>& window, const float* u, const void* w, int64_t columns,
+                         const Sink& sink) const {
+    const int64_t bands = window.bands(), parts = ceil_div(bands * window.tiles_across(), kTiles);
+    const int64_t pieces = std::min(bands, parts);
+    for (int64_t piece = 0; piece < pieces; ++piece)
+      convolve_by_winograd(window, u, w, columns, bands * piece / pieces, bands * (piece + 1) / pieces, sink);
+  }
+
+  // Calls make(pixel, target) for a window's pixels and the rows above and below it, and sets zeros beyond the image.
+  template <class Make>
+  float* fill(const Place& place, const Window<Word>& window, Buffer& memory, const Make& make) const {
+    float* const buffer = memory.get<float>(window.size());
+    const int64_t right = window.padded_width() - 1 - window.width;
+    for (int64_t image = 0; image < window.images; ++image)
+      for (int64_t row = -1; row < window.padded_height() - 1; ++row) {
+        float* target = buffer + window.pixel(image, row, -1) * window.stride;
+        const int64_t y = place.top + row;
+        if (y < 0 || y >= p_.height) {
+          std::memset(target, 0, window.padded_width() * window.stride * sizeof(float));
+          continue;
+        }
+        std::memset(target, 0, window.stride * sizeof(float));
+        target += window.stride;
+        const int64_t first = pixel(place, image, row);
+        for (int64_t j = 0; j < p_.width; ++j, target += window.stride) make(first + j, target);
+        std::memset(target, 0, right * window.stride * sizeof(float));
+      }
+    return buffer;
+  }
+
+  template <class Source>
+  const float* make_u(const Place& place, const Window<Word>& window, const Source* source, int64_t stride, int64_t c,
+                      const Normalization& norm) const {
+    return fill(place, window, Scratch::of_this_thread().u, [&](int64_t at, float* target) {
+      affine_relu_row(source + at * stride, Affine(norm), c, window.channels, target);
+    });
+  }
+
+  const float* make_dy(int64_t i, const Place& place, const Window<Word>& window) const {
+    const int64_t c = channels(i);
+    return fill(place, window, Scratch::of_this_thread().dy, [&](int64_t at, float* target) {
+      for (int64_t v = 0; v < window.channels; v += Isa::kLanes)
+        Isa::store(target + v, Isa::keep(true_gradient(at, c + v, p_.growth_rate - v),
+                                         std::clamp<int64_t>(p_.growth_rate - v, 0, Isa::kLanes)));
+      drop(target, p_.layer[i].growth_mask, at, p_.growth_rate);
+    });
+  }
+
+  // Dropout of one pixel's channels.
+  void drop(float* values, const uint8_t* mask, int64_t at, int64_t c) const {
+    if (mask == nullptr) return;
+    for (int64_t v = 0; v < c; ++v) values[v] *= mask[at * c + v] * static_cast<float>(p_.keep_scale);
+  }
+
+  const TrainingArgs& p_;
+  const Team team_;
+  const int64_t pixels_, channels_, hidden_, hidden_padded_, growth_padded_;
+  Store* const x_;
+  const Windows windows_;
+  const bool shares_statistics_;
+  Normalization norm1_, norm2_;
+  Statistics statistics_;
+  Sums sums_, weight_sums_;
+  Buffer packed_, da_memory_;
+  float* da_ = nullptr;
+  std::vector<float> through_;         // P and Q
+  std::vector<float> own_through_;  // p and q of the norm at hand
+};
