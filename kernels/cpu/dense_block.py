@@ -83,7 +83,8 @@ def dense_block_backward(
     """Gradients from that of X, for an input of ``x_dtype``. Bottlenecks that were not kept are made again."""
     n, channels, h, w = output.out.shape
     device, first_layer = output.out.device, needs.first_layer()
-    grad = torch.empty((n, h, w, channels), dtype=torch.float32, device=device).copy_(grad_out.permute(0, 2, 3, 1))
+    source = pixels(grad_out, torch.float32)
+    grad = torch.empty((n, h, w, channels), dtype=torch.float32, device=device)
     dx = torch.empty(0, dtype=x_dtype, device=device)
     if needs.x:
         dx = empty_channels_last((n, layers.input_channels, h, w), x_dtype, device)
@@ -106,6 +107,7 @@ def dense_block_backward(
     ]
     training.run(
         "training_backward",
+        grad_out=source.data_ptr(),
         grad=grad.data_ptr(),
         dx=dx.data_ptr() if needs.x else None,
         dx_dtype=DTYPES[x_dtype],

@@ -99,7 +99,7 @@ class TrainingArgs(Structure):
         (c_int64, "images height width input_channels growth_rate bottleneck_channels layers"),
         (c_void_p, "x out"),
         (POINTER(TrainingLayerArgs), "layer"),
-        (c_void_p, "mean var bottleneck_mean bottleneck_var grad dx"),
+        (c_void_p, "mean var bottleneck_mean bottleneck_var grad_out grad dx"),
         (c_int64, "first_layer"),
         (c_double, "keep_scale"),
         (c_int32, "keeps_bottlenecks dx_dtype store compute threads"),

@@ -90,7 +90,8 @@ struct TrainingArgs {
   float* var;
   float* bottleneck_mean;  // [L, B]
   float* bottleneck_var;
-  float* grad;      // backward: the gradient of X, [M, C_L], overwritten
+  const float* grad_out;   // backward: the gradient of X, [M, C_L]
+  float* grad;             // backward: room for G, [M, C_L]
   void* dx;         // backward: that of x, of `dx_dtype`; null where it is not wanted
   int64_t first_layer;     // backward: the lowest layer that is wanted
   double keep_scale;       // what dropout multiplies kept values by

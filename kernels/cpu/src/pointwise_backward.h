@@ -17,8 +17,8 @@ inline void norm_gradients(const Sums& sums, const Normalization& norm, int64_t 
   }
 }
 
-// Gradients of z = relu(norm(x)), given that of z at dz(image, y, x, channel, how many exist): a pass for the sums and
-// one for dx.
+// Gradients of z = relu(norm(x)): a pass for the sums and one for dx. dz(image, y, x) gives that of z at a pixel, as a
+// function of a channel and how many exist from there.
 template <class Store, class Dz>
 void norm_relu_backward(const PointwiseGradArgs& p, const Team& team, const Normalization& norm, const Dz& dz) {
   const int64_t c = p.channels, padded = round_up(c, Isa::kLanes), rows = p.images * p.height;
@@ -26,13 +26,16 @@ void norm_relu_backward(const PointwiseGradArgs& p, const Team& team, const Norm
   const auto* const x = static_cast<const Store*>(p.x);
   const auto for_each = [&](int64_t row, const auto& use) {  // use(element, channel, how many exist, x, da)
     const int64_t image = row / p.height, y = row % p.height;
-    for (int64_t j = 0; j < p.width; ++j)
+    for (int64_t j = 0; j < p.width; ++j) {
+      const int64_t pixel = (row * p.width + j) * c;
+      const auto dz_of_pixel = dz(image, y, j);
       for (int64_t v = 0; v < padded; v += Isa::kLanes) {
-        const int64_t at = (row * p.width + j) * c + v;
-        const Vector value = load_up_to(x + at, c - v);
-        use(at, v, c - v, value, Isa::where_positive(norm(value, v), dz(image, y, j, v, c - v)));
+        const Vector value = load_up_to(x + pixel + v, c - v);
+        use(pixel + v, v, c - v, value, Isa::where_positive(norm(value, v), dz_of_pixel(v, c - v)));
       }
+    }
   };
+  prefer_huge_pages(p.dx, rows * p.width * c * sizeof(Store));
   Sums sums;
   sums.begin(slots, 2 * padded);
   team.run(slots, [&](int64_t begin, int64_t end) {
@@ -71,7 +74,7 @@ void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
   const Team team{parallel_for, p.threads};
   const int64_t height = p.height / 2, width = p.width / 2, pixels = p.images * height * width;
   const int64_t c = p.channels, c_padded = padded<Word>(c), k = p.out_channels, k_padded = padded<Word>(k);
-  const int64_t slots = std::max<int64_t>(1, team.threads), strips = ceil_div(pixels, kStrip);
+  const int64_t slots = std::max<int64_t>(1, team.threads), strips = team.pieces(pixels, kStrip);
   const auto* const x = static_cast<const Store*>(p.x);
   const auto* const grad_out = static_cast<const Round*>(p.grad_out);
   const Vector quarter = Isa::broadcast(.25f);
@@ -128,9 +131,10 @@ void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
   });
   if (p.conv_weight != nullptr) transpose_sums(weight_sums, k_padded, k, c, team, p.conv_weight);
 
-  norm_relu_backward<Store>(p, team, norm, [&](int64_t image, int64_t i, int64_t j, int64_t v, int64_t) {
+  norm_relu_backward<Store>(p, team, norm, [&](int64_t image, int64_t i, int64_t j) {
     const bool pooled = i / 2 < height && j / 2 < width;
-    return pooled ? Isa::load(dpooled + ((image * height + i / 2) * width + j / 2) * c_padded + v) : Isa::zero();
+    const float* const from = pooled ? dpooled + ((image * height + i / 2) * width + j / 2) * c_padded : nullptr;
+    return [from](int64_t v, int64_t) { return from != nullptr ? Isa::load(from + v) : Isa::zero(); };
   });
 }
 
@@ -161,16 +165,27 @@ void stem_tail_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
           Isa::store(places + (row * width + j) * padded + v, place);
         }
   });
-  norm_relu_backward<Store>(p, team, norm, [&](int64_t image, int64_t y, int64_t at, int64_t v, int64_t exist) {
-    Vector sum = Isa::zero();
+  struct Window {  // one that a pixel is in
+    const Float16* places;
+    const Store* grad_out;
+    Vector mine;  // the pixel's place
+  };
+  norm_relu_backward<Store>(p, team, norm, [&](int64_t image, int64_t y, int64_t at) {
+    std::array<Window, 4> windows;
+    int count = 0;
     for (int64_t i = y / 2; i <= (y + 1) / 2 && i < height; ++i)
       for (int64_t j = at / 2; j <= (at + 1) / 2 && j < width; ++j) {
         const int64_t window = (image * height + i) * width + j, mine = (y - 2 * i + 1) * 3 + at - 2 * j + 1;
-        const Vector chosen = Isa::load(places + window * padded + v);
-        const Vector dout = load_up_to(grad_out + window * c + v, exist);
-        sum = Isa::add(sum, Isa::where_equal(chosen, Isa::broadcast(static_cast<float>(mine)), dout));
+        windows[count++] = {places + window * padded, grad_out + window * c, Isa::broadcast(static_cast<float>(mine))};
       }
-    return sum;
+    return [windows, count](int64_t v, int64_t exist) {
+      Vector sum = Isa::zero();
+      for (int i = 0; i < count; ++i) {
+        const Vector dout = load_up_to(windows[i].grad_out + v, exist);
+        sum = Isa::add(sum, Isa::where_equal(Isa::load(windows[i].places + v), windows[i].mine, dout));
+      }
+      return sum;
+    };
   });
 }
 
@@ -180,8 +195,8 @@ void head_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
   Normalization norm;
   norm.set(p.norm, p.channels, round_up(p.channels, Isa::kLanes));
   norm_relu_backward<Store>(
-      p, Team{parallel_for, p.threads}, norm, [&](int64_t image, int64_t, int64_t, int64_t v, int64_t exist) {
-        const auto* const dout = static_cast<const Store*>(p.grad_out) + image * p.channels + v;
-        return Isa::mul(share, load_up_to(dout, exist));
+      p, Team{parallel_for, p.threads}, norm, [&](int64_t image, int64_t, int64_t) {
+        const auto* const dout = static_cast<const Store*>(p.grad_out) + image * p.channels;
+        return [dout, share](int64_t v, int64_t exist) { return Isa::mul(share, load_up_to(dout + v, exist)); };
       });
 }

@@ -75,6 +75,7 @@ class TrainingBlock {
                                        [](const TrainingLayer& layer) { return layer.batch1 != 0; })) {}
 
   void forward() {
+    prefer_huge_pages(x_, pixels_ * channels_ * sizeof(Store));
     copy_input();
     for (int64_t i = 0; i < p_.layers; ++i) {
       const TrainingLayer& layer = p_.layer[i];
@@ -91,9 +92,11 @@ class TrainingBlock {
   }
 
   void backward() {
+    prefer_huge_pages(p_.grad, pixels_ * channels_ * sizeof(float));
     through_.assign(2 * round_up(channels_, Isa::kLanes), 0.f);
     for (int64_t i = p_.layers; i-- > p_.first_layer;) {
       const TrainingLayer& layer = p_.layer[i];
+      arriving_ = i == p_.layers - 1 ? p_.grad_out : p_.grad;
       norm1_.set(layer.norm1, channels(i), padded<Word>(channels(i)));
       if (hidden_ > 0) {
         if (!p_.keeps_bottlenecks) make_bottleneck(i, false);
@@ -104,6 +107,7 @@ class TrainingBlock {
         shrink(i, x_, channels_, channels(i), norm1_);
       }
     }
+    arriving_ = p_.grad;
     if (p_.dx != nullptr) make_dx();
   }
 
@@ -134,8 +138,9 @@ class TrainingBlock {
     const TrainingLayer& layer = p_.layer[i];
     const int64_t c = channels(i);
     auto* const h = static_cast<Round*>(layer.bottleneck);
+    prefer_huge_pages(h, pixels_ * hidden_ * sizeof(Round));
     const float* const w = pack_in_parallel<Word>(layer.conv1, team_, packed_);
-    const int64_t strips = ceil_div(pixels_, kStrip), segments = std::min(strips, Statistics::kSegments);
+    const int64_t strips = team_.pieces(pixels_, kStrip), segments = std::min(strips, Statistics::kSegments);
     statistics_.begin(segments, hidden_);
     team_.run(segments, [&](int64_t begin, int64_t end) {
       for (int64_t segment = begin; segment < end; ++segment)
@@ -251,8 +256,9 @@ class TrainingBlock {
   // Adds scale * da to G, at pixels from `first`.
   auto gather(const Normalization& norm, int64_t first) {
     return [this, &norm, first](int64_t at, int64_t channel, Vector da, int64_t exist) {
-      float* const g = p_.grad + (first + at) * channels_ + channel;
-      store_up_to(g, Isa::multiply_add(da, Isa::load(norm.scale + channel), load_up_to(g, exist)), exist);
+      const int64_t element = (first + at) * channels_ + channel;
+      const Vector g = load_up_to(arriving_ + element, exist);
+      store_up_to(p_.grad + element, Isa::multiply_add(da, Isa::load(norm.scale + channel), g), exist);
     };
   }
 
@@ -264,7 +270,7 @@ class TrainingBlock {
     const float* const w = pack_in_parallel<Word>(transposed(layer.conv1), team_, packed_);
     sums_.begin(slots(), 2 * c_padded);
     if (wants_weight) weight_sums_.begin(slots(), c_padded * hidden_padded_);
-    const int64_t strips = ceil_div(pixels_, kGradientStrip);
+    const int64_t strips = team_.pieces(pixels_, kGradientStrip);
     team_.run(slots(), [&](int64_t begin, int64_t end) {
       Scratch& scratch = Scratch::of_this_thread();
       constexpr int64_t z_stride = kChunk + Isa::kLanes;  // no power of two: a column would fall into few sets
@@ -286,8 +292,7 @@ class TrainingBlock {
                        {reinterpret_cast<const Word*>(w + start * hidden_padded_), hidden_padded_, width, 0,
                         hidden_padded_},
                        dz, false);
-            for (int64_t row = 0; row < rows; ++row)
-              undo_norm1(first + row, start, width, c, dz + row * width, z + row * z_stride, s1, s2);
+            undo_norm1(first, rows, start, width, c, dz, z, z_stride, s1, s2);
             if (!wants_weight) continue;
             for (int64_t row = rows; row < depth; ++row) std::memset(z + row * z_stride, 0, width * sizeof(float));
             add_gemm<Word>({reinterpret_cast<const Word*>(z), z_stride, width},
@@ -302,19 +307,32 @@ class TrainingBlock {
     if (wants_weight) transpose_sums(weight_sums_, hidden_padded_, hidden_, c, team_, layer.conv1_weight);
   }
 
-  // z, and da = dz 1[z > 0] into G and the sums, of some channels of a pixel.
-  void undo_norm1(int64_t pixel, int64_t start, int64_t width, int64_t c, const float* dz, float* z, float* s1,
-                  float* s2) {
-    const Store* const x = x_ + pixel * channels_;
-    float* const g = p_.grad + pixel * channels_;
-    for (int64_t v = start; v < start + width; v += Isa::kLanes) {
-      const Vector value = load_up_to(x + v, c - v), activated = norm1_(value, v);
-      const Vector da = Isa::where_positive(activated, Isa::load(dz + v - start));
-      Isa::store(z + v - start, activated);
-      store_up_to(g + v, Isa::multiply_add(da, Isa::load(norm1_.scale + v), load_up_to(g + v, c - v)), c - v);
-      Isa::store(s1 + v, Isa::add(Isa::load(s1 + v), da));
-      Isa::store(s2 + v, Isa::multiply_add(da, Isa::sub(value, Isa::load(norm1_.mean + v)), Isa::load(s2 + v)));
-    }
+  // z, and da = dz 1[z > 0] into G and the sums, of some channels of some pixels.
+  void undo_norm1(int64_t first, int64_t rows, int64_t start, int64_t width, int64_t c, const float* dz, float* z,
+                  int64_t z_stride, float* s1, float* s2) {
+    constexpr int64_t kTogether = 8;  // pixels between a load and a store of the sums
+    for (int64_t block = 0; block < rows; block += kTogether)
+      for (int64_t v = 0; v < width; v += Isa::kLanes) {
+        const int64_t channel = start + v, exist = c - channel;
+        const Vector scale = Isa::load(norm1_.scale + channel), mean = Isa::load(norm1_.mean + channel);
+        Vector sum1 = Isa::load(s1 + channel), sum2 = Isa::load(s2 + channel);
+        for (int64_t row = block; row < std::min(rows, block + kTogether); ++row) {
+          const int64_t element = (first + row) * channels_ + channel;
+          if (v % (kCacheLine / 4) == 0) {  // what the next channels will need
+            __builtin_prefetch(x_ + element + width);
+            __builtin_prefetch(arriving_ + element + width);
+          }
+          const Vector value = load_up_to(x_ + element, exist), g = load_up_to(arriving_ + element, exist);
+          const Vector activated = norm1_(value, channel);
+          const Vector da = Isa::where_positive(activated, Isa::load(dz + row * width + v));
+          Isa::store(z + row * z_stride + v, activated);
+          store_up_to(p_.grad + element, Isa::multiply_add(da, scale, g), exist);
+          sum1 = Isa::add(sum1, da);
+          sum2 = Isa::multiply_add(da, Isa::sub(value, mean), sum2);
+        }
+        Isa::store(s1 + channel, sum1);
+        Isa::store(s2 + channel, sum2);
+      }
   }
 
   // The gradient of h, of some pixels: in rows, and in panels as the right side of a multiply.
@@ -356,7 +374,7 @@ class TrainingBlock {
     const float* const q = p + through_.size() / 2;
     const Vector x = load_up_to(x_ + at * channels_ + channel, exist);
     const Vector centred = Isa::sub(x, load_up_to(p_.mean + channel, exist));
-    const Vector g = load_up_to(p_.grad + at * channels_ + channel, exist);
+    const Vector g = load_up_to(arriving_ + at * channels_ + channel, exist);
     const Vector full = Isa::add(g, Isa::multiply_add(centred, load_up_to(q, exist), load_up_to(p, exist)));
     return shares_statistics_ ? full : g;
   }
@@ -473,6 +491,7 @@ class TrainingBlock {
   Sums sums_, weight_sums_;
   Buffer packed_, da_memory_;
   float* da_ = nullptr;
+  const float* arriving_ = nullptr;    // what G holds so far: at first, the gradient of X
   std::vector<float> through_;         // P and Q
   std::vector<float> own_through_;  // p and q of the norm at hand
 };
