@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: help install bench bench-peers plots kernel-report gpu-check tune test lint format clean
+.PHONY: help install bench bench-peers bench-training plots kernel-report gpu-check tune test lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ $(PEERS): $(INSTALLED)
 
 bench-peers: $(PEERS)  ## inference on this CPU beside eager, torch.compile, OpenVINO, ONNX Runtime (about ten minutes)
 	$(BIN)/python -m fastdense.benchmarks.peers
+
+bench-training: $(INSTALLED)  ## the training step on this CPU beside eager, recomputation, torch.compile (about fifteen minutes)
+	$(BIN)/python -m fastdense.benchmarks.peers --mode training
 
 plots: $(INSTALLED)  ## draw the plots again from the saved results
 	$(BIN)/python -m fastdense.benchmarks.plots

@@ -1,10 +1,12 @@
-"""fastdense beside the other ways of running a DenseNet's inference on this CPU: ``make bench-peers``.
+"""fastdense beside the other ways of running a DenseNet on this CPU: ``make bench-peers``.
 
-The contenders are those of :mod:`~fastdense.benchmarks.runtimes`, in one process, with the same weights and images.
+Inference, or the training step with ``--mode training``. The contenders are those of
+:mod:`~fastdense.benchmarks.runtimes`, in one process, with the same weights and images.
 
 - Weights are random, running statistics those of photographs, so that activations are like a trained network's.
-- Parity first: logits are compared with the naive network in float64. Nothing is timed where fastdense exceeds its
-  budget of :mod:`fastdense.parity`, about twice stock PyTorch's error; what the peers make is only reported.
+- Parity first: logits are compared with the naive network in float64, in training also every gradient, on small
+  images. Nothing is timed where fastdense exceeds its budget of :mod:`fastdense.parity`, about twice stock PyTorch's
+  error; what the peers make is only reported.
 - A round times every contender once, in an order that rotates. So each finds caches full of another's weights.
 - A contender's first call is timed together with what builds it: conversion, export, compilation without caches.
 
@@ -16,13 +18,13 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +38,24 @@ from fastdense.architectures import CONFIGS
 
 from . import results as results_module
 from . import rounds
-from .cases import DTYPES, NAIVE, PARITY_BATCHES, Network
+from .cases import CIFAR_NETWORKS, DENSENET121, DTYPES, NAIVE, PARITY_BATCHES, Network, parity_rows
 from .run import Steps, empty_table
-from .runtimes import CHANNELS_LAST, EAGER, FASTDENSE, RUNTIMES, Infer, Runtime
+from .runtimes import CHANNELS_LAST, EAGER, FASTDENSE, PEER_MODES, RUNTIMES, Run, Runtime
 
 Row = dict[str, Any]
 _STOCK = (EAGER, CHANNELS_LAST)
 _INDISPENSABLE = (*_STOCK, FASTDENSE)
 """Whose failure ends the benchmark; another's is said in its row."""
 
+_DEFAULTS: dict[str, tuple[tuple[Network, int], ...]] = {
+    "inference": ((DENSENET121, 1), (DENSENET121, 16)),
+    "training": ((DENSENET121, 8), (CIFAR_NETWORKS[0], 64)),
+}
+"""Networks and batches."""
+
 _NEEDED = ("matplotlib", "sklearn", "PIL")
 _CALIBRATION_IMAGES, _CALIBRATION_BATCH = 32, 8
+_PARITY_SECONDS = 4.0
 _SETTLE = 0.1
 """Seconds before each timed call, in which worker threads of the contender before it stop spinning; ONNX Runtime's
 were seen to slow whatever came 20 ms later by up to 1.6 times."""
@@ -66,13 +75,18 @@ class Case:
     network: Network
     batch: int
     dtype_name: str
+    mode: str = "inference"
 
     @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.dtype_name]
 
+    @property
+    def runtimes(self) -> list[Runtime]:
+        return [runtime for runtime in RUNTIMES if self.mode in runtime.modes]
+
     def __str__(self) -> str:
-        return f"{self.network.title}, batch {self.batch}, {self.dtype_name}"
+        return f"{self.mode}, {self.network.title}, batch {self.batch}, {self.dtype_name}"
 
     def row(self, runtime: Runtime) -> Row:
         return {
@@ -96,9 +110,13 @@ def measure(case: Case, seconds: float, repeats: int | None, begin: Callable[[st
     Raises:
         ParityError: fastdense computes something else.
     """
-    model, batches, truths = _truth(case.network, case.batch)
-    rows, infers, inputs, errors = [], {}, {}, {}
-    for runtime in RUNTIMES:
+    if case.mode == "training":
+        begin(f"{case}: parity of every gradient", _PARITY_SECONDS)
+        for failure in parity.failures(parity_rows(case.network, "cpu", case.dtype)):
+            raise ParityError(f"{case}: {failure}")
+    model, batches, truths = _truth(case.network, case.batch, case.mode)
+    rows, runs, inputs, errors = [], {}, {}, {}
+    for runtime in case.runtimes:
         begin(f"{case}: first call of {runtime.name}", runtime.first_call_s)
         row = case.row(runtime) | {"note": runtime.why_not(case.dtype_name)}
         rows.append(row)
@@ -107,23 +125,23 @@ def measure(case: Case, seconds: float, repeats: int | None, begin: Callable[[st
         own_model, own = copy.deepcopy(model), [x.contiguous(memory_format=runtime.memory_format) for x in batches]
         try:
             start = time.perf_counter()
-            infer = runtime.build(own_model, own[0], case.dtype)
-            infer(own[0])
+            run = runtime.build(own_model, own[0], case.dtype)
+            run(own[0])
             row["first_call_s"] = time.perf_counter() - start
         except Exception as error:
             if runtime in _INDISPENSABLE:
                 raise
             row["note"] = f"failed with {type(error).__name__}: {str(error)[:200]}"
             continue
-        infers[runtime.name], inputs[runtime.name] = infer, own[0]
+        runs[runtime.name], inputs[runtime.name] = run, own[0]
         errors[runtime.name] = [
-            parity.relative_error(torch.as_tensor(infer(x)), truth) for x, truth in zip(own, truths, strict=True)
+            parity.relative_error(torch.as_tensor(run(x)), truth) for x, truth in zip(own, truths, strict=True)
         ]
         row["error"] = statistics.median(errors[runtime.name])
 
     allowed = _check(case, errors)
     begin(str(case), seconds)
-    times = _times(infers, inputs, seconds, repeats)
+    times = _times(runs, inputs, seconds, repeats)
     for row in rows:
         if row["note"] is None:
             row |= _timing(times[row["contender"]], times[FASTDENSE.name], case.batch) | {"allowed_error": allowed}
@@ -141,8 +159,8 @@ def _check(case: Case, errors: dict[str, list[float]]) -> float:
 
 
 @functools.lru_cache(maxsize=1)  # the dtypes of a network and batch come one after another
-def _truth(network: Network, batch: int) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
-    """The naive network in evaluation, batches of photographs, and its logits of them in float64."""
+def _truth(network: Network, batch: int, mode: str) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
+    """The naive network, batches of photographs, and its logits of them in float64."""
     torch.manual_seed(0)
     model = network.build(NAIVE)
     for module in model.modules():
@@ -152,25 +170,25 @@ def _truth(network: Network, batch: int) -> tuple[nn.Module, list[Tensor], list[
     with torch.no_grad():
         for few in images.photographs(network.size, _CALIBRATION_IMAGES).split(_CALIBRATION_BATCH):
             model(few)
-        exact = copy.deepcopy(model.eval()).double()
+        exact = copy.deepcopy(model.train(mode == "training")).double()
         return model, list(batches), [exact(x.double()) for x in batches]
 
 
 def _times(
-    infers: dict[str, Infer], inputs: dict[str, Tensor], seconds: float, repeats: int | None
+    runs: dict[str, Run], inputs: dict[str, Tensor], seconds: float, repeats: int | None
 ) -> dict[str, list[float]]:
     """Each contender's seconds, round by round."""
 
     def clock(name: str) -> float:
         time.sleep(_SETTLE)
         start = time.perf_counter()
-        infers[name](inputs[name])
+        runs[name](inputs[name])
         return time.perf_counter() - start
 
-    warm = sum(_SETTLE + clock(name) for name in infers)
-    times: dict[str, list[float]] = {name: [] for name in infers}
+    warm = sum(_SETTLE + clock(name) for name in runs)
+    times: dict[str, list[float]] = {name: [] for name in runs}
     with rounds.no_garbage_collection():
-        for name in rounds.turns(list(infers), repeats or rounds.how_many(seconds, warm)):
+        for name in rounds.turns(list(runs), repeats or rounds.how_many(seconds, warm)):
             times[name].append(clock(name))
     return times
 
@@ -200,8 +218,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from . import plots
 
     cases = list(_cases(options))
-    results: Row = {"environment": results_module.environment("cpu"), "peers": []}
-    expected = len(cases) * (sum(runtime.first_call_s for runtime in RUNTIMES) + options.seconds)
+    results: Row = {"environment": results_module.environment("cpu"), "mode": options.mode, "peers": []}
+    expected = len(cases) * (sum(runtime.first_call_s for runtime in cases[0].runtimes) + options.seconds)
     try:
         with Steps(expected) as steps:
             for case in cases:
@@ -217,15 +235,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m fastdense.benchmarks.peers", description="Inference on this CPU: fastdense beside its peers."
+        "python -m fastdense.benchmarks.peers", description="On this CPU: fastdense beside its peers."
     )
     torch_names = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
-    several: Row = {"nargs": "+", "help": "default: %(default)s"}
-    parser.add_argument("--arch", choices=CONFIGS, default=["densenet121"], metavar="NETWORK", **several)
-    parser.add_argument("--size", type=int, default=[224], **several)
-    parser.add_argument("--batch", type=int, default=[1, 16], **several)
+    several: Row = {"nargs": "+"}
+    parser.add_argument("--mode", choices=PEER_MODES, default="inference", help="default: %(default)s")
+    parser.add_argument("--arch", choices=CONFIGS, metavar="NETWORK", help="default: densenet121", **several)
+    parser.add_argument("--size", type=int, help="default: 224", **several)
+    parser.add_argument("--batch", type=int, help="default: 1 and 16, or 8 in training", **several)
     parser.add_argument(
-        "--dtype", choices=DTYPES, default=list(DTYPES), type=lambda name: torch_names.get(name, name), **several
+        "--dtype",
+        choices=DTYPES,
+        default=list(DTYPES),
+        type=lambda name: torch_names.get(name, name),
+        help="default: %(default)s",
+        **several,
     )
     parser.add_argument("--repeats", type=int, help="rounds of a case (default: as many as --seconds allows)")
     parser.add_argument(
@@ -241,11 +265,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _cases(options: argparse.Namespace) -> Iterator[Case]:
-    for arch in options.arch:
-        for size in options.size:
-            for batch in options.batch:
-                for dtype in options.dtype:
-                    yield Case(Network(arch, size), batch, dtype)
+    chosen = _DEFAULTS[options.mode]
+    if options.arch or options.size or options.batch:
+        networks = itertools.product(options.arch or ["densenet121"], options.size or [224])
+        batches = options.batch or [batch for network, batch in chosen if network is DENSENET121]
+        chosen = tuple((Network(*network), batch) for network, batch in itertools.product(networks, batches))
+    for (network, batch), dtype in itertools.product(chosen, options.dtype):
+        yield Case(network, batch, dtype, options.mode)
 
 
 def show(results: Row, paths: Sequence[Path]) -> None:
@@ -259,16 +285,17 @@ def show(results: Row, paths: Sequence[Path]) -> None:
         f"{environment['threads']} threads, torch {environment['torch']}, backend {environment['backend']}\n",
         highlight=False,
     )
-    console.print(_table(results["peers"]))
+    console.print(_table(results["mode"], results["peers"]))
     for path in paths:
         console.print(str(path), highlight=False, soft_wrap=True)
 
 
-def _table(rows: list[Row]) -> Table:
-    table = empty_table("Inference, ms: medians of interleaved rounds", "network", "contender")
+def _table(mode: str, rows: list[Row]) -> Table:
+    what = {"inference": "Inference", "training": "A training step"}[mode]
+    table = empty_table(f"{what}, ms: medians of interleaved rounds", "network", "contender")
     for column in ("ms", "quartiles", "per image", "over fastdense", "first call, s", "error"):
         table.add_column(column, justify="right")
-    for _, case in groupby(rows, key=lambda row: [row[key] for key in ("title", "batch", "dtype")]):
+    for _, case in itertools.groupby(rows, key=lambda row: [row[key] for key in ("title", "batch", "dtype")]):
         for i, row in enumerate(case):
             where = {0: row["title"], 1: f"batch {row['batch']}, {row['dtype']}"}.get(i, "")
             if row["note"] is None:

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import style
@@ -21,7 +21,17 @@ from matplotlib.patches import Patch
 
 from .cases import FAST, FAST_RECOMPUTING, MODES, NAIVE, NAIVE_CONTIGUOUS, NAIVE_RECOMPUTING
 from .results import default_folder, device_slug, latest, load
-from .runtimes import CHANNELS_LAST, COMPILE, EAGER, FASTDENSE, ONNXRUNTIME, OPENVINO, RUNTIMES
+from .runtimes import (
+    CHANNELS_LAST,
+    COMPILE,
+    EAGER,
+    FASTDENSE,
+    FASTDENSE_RECOMPUTING,
+    ONNXRUNTIME,
+    OPENVINO,
+    RECOMPUTING,
+    RUNTIMES,
+)
 
 Row = dict[str, Any]
 
@@ -33,9 +43,11 @@ _COLOURS = {  # of Okabe and Ito, told apart by colour-blind readers too
     FAST_RECOMPUTING.name: "#56B4E9",
     EAGER.name: "#999999",
     CHANNELS_LAST.name: "#D55E00",
+    RECOMPUTING.name: "#F0E442",
     COMPILE.name: "#E69F00",
     OPENVINO.name: "#009E73",
     ONNXRUNTIME.name: "#CC79A7",
+    FASTDENSE_RECOMPUTING.name: "#56B4E9",
     FASTDENSE.name: "#0072B2",
 }
 _LABELS = {
@@ -46,9 +58,11 @@ _LABELS = {
     FAST_RECOMPUTING.name: "fastdense, memory_efficient",
     EAGER.name: "PyTorch, contiguous",
     CHANNELS_LAST.name: "PyTorch, channels-last",
+    RECOMPUTING.name: "PyTorch, channels-last, memory_efficient",
     COMPILE.name: "torch.compile",
     OPENVINO.name: "OpenVINO",
     ONNXRUNTIME.name: "ONNX Runtime",
+    FASTDENSE_RECOMPUTING.name: "fastdense, memory_efficient",
     FASTDENSE.name: "fastdense",
 }
 _INK = "#333333"
@@ -107,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _figures(results: Row) -> Iterator[tuple[str, Figure]]:
     if "peers" in results:
-        yield "peers", _peers(results["peers"], results["environment"])
+        name = {"inference": "peers", "training": "training-peers"}[results["mode"]]
+        yield name, _peers(results["mode"], results["peers"], results["environment"])
         return
     for dtype in dict.fromkeys(row["dtype"] for row in results["speed"]):
         rows = [row for row in results["speed"] if row["dtype"] == dtype]
@@ -157,12 +172,13 @@ def _speed(rows: list[Row], dtype: str, environment: Row) -> Figure:
 # -- peers ----------------------------------------------------------------------------------------------------
 
 
-def _peers(rows: list[Row], environment: Row) -> Figure:
+def _peers(mode: str, rows: list[Row], environment: Row) -> Figure:
     """A panel a dtype, a group of bars a network and batch; a contender that did not run says why."""
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     groups = list(dict.fromkeys((row["title"], row["batch"]) for row in rows))
-    contenders = [runtime.name for runtime in RUNTIMES]
-    figure = _figure(14, 2.2 + 1.4 * len(groups), "Inference beside its peers: shorter is better", environment)
+    contenders = [runtime.name for runtime in RUNTIMES if mode in runtime.modes]
+    what = {"inference": "Inference", "training": "A training step"}[mode]
+    figure = _figure(14, 2.2 + 1.4 * len(groups), f"{what} beside its peers: shorter is better", environment)
     for axes, dtype in zip(figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0], dtypes, strict=True):
         axes.set_title(dtype)
         for place, (network, batch) in enumerate(groups):
@@ -245,24 +261,46 @@ def _mega(value: int | None, images: int = 1) -> float | None:
 # -- growth ---------------------------------------------------------------------------------------------------
 
 
+class _Quantity(NamedTuple):
+    """What grows in a line of panels."""
+
+    key: str
+    label: str
+    unit: str
+    scale: float
+    naive_in_depth: int
+    """The degree of naive's growth with depth: it saves every prefix again. Multiplications grow so in any case."""
+    fast_in_depth: int
+
+
+_QUANTITIES = (
+    _Quantity("peak_bytes", "peak of a training step (MB)", "MB", 1e-6, 2, 1),
+    _Quantity("saved_bytes", "saved for backward (MB)", "MB", 1e-6, 2, 1),
+    _Quantity("step_ms", "time of a training step (ms)", "ms", 1, 2, 2),
+)
+
+
 def _growth(rows: list[Row], environment: Row) -> Figure:
-    """Measured points; with depth, the polynomials that theory expects through them."""
+    """Measured points, and the polynomials that theory expects through them."""
     variables = list(dict.fromkeys(row["variable"] for row in rows))
-    quantities = {"peak_bytes": "peak of a training step (MB)", "saved_bytes": "saved for backward (MB)"}
-    measured = [key for key in quantities if any(row[key] is not None for row in rows)]
-    figure = _figure(14, 1.3 + 3.8 * len(measured), "Growth of training memory", environment)
-    for line, key in zip(figure.subplots(len(measured), len(variables), squeeze=False), measured, strict=True):
+    quantities = [q for q in _QUANTITIES if any(row.get(q.key) is not None for row in rows)]
+    figure = _figure(14, 1.3 + 3.8 * len(quantities), "Growth of a training step", environment)
+    for line, quantity in zip(figure.subplots(len(quantities), len(variables), squeeze=False), quantities, strict=True):
         for axes, variable in zip(line, variables, strict=True):
-            shown = [row for row in rows if row["variable"] == variable and row[key] is not None]
+            shown = [row for row in rows if row["variable"] == variable and row[quantity.key] is not None]
             points = {
-                contender: {row["value"]: row[key] / 1e6 for row in shown if row["contender"] == contender}
+                contender: {
+                    row["value"]: row[quantity.key] * quantity.scale for row in shown if row["contender"] == contender
+                }
                 for contender in (NAIVE.name, FAST.name)
             }
+            in_depth = {NAIVE.name: quantity.naive_in_depth, FAST.name: quantity.fast_in_depth}
             for contender, curve in points.items():
-                _curve(axes, curve, contender, _expected_degree(variable, contender), points[NAIVE.name])
+                degree = {"depth": in_depth[contender], "batch": 1, "resolution": 2}[variable]
+                _curve(axes, curve, contender, degree, points[NAIVE.name], quantity.unit)
             axes.set_title(_growth_title(variable, shown))
             axes.set_xlabel(_VARIABLES[variable])
-            axes.set_ylabel(quantities[key])
+            axes.set_ylabel(quantity.label)
             axes.set_xlim(0, 1.05 * max(row["value"] for row in shown))
             axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
     _legend(figure, [NAIVE.name, FAST.name], "dots: measured; lines: least-squares fits of the expected degree")
@@ -270,11 +308,6 @@ def _growth(rows: list[Row], environment: Row) -> Figure:
 
 
 _VARIABLES = {"depth": "depth", "batch": "images in a batch", "resolution": "height and width (pixels)"}
-
-
-def _expected_degree(variable: str, contender: str) -> int:
-    """Of memory as a polynomial: naive saves every prefix again; both save every pixel."""
-    return {"depth": 1 if contender == FAST.name else 2, "batch": 1, "resolution": 2}[variable]
 
 
 def _growth_title(variable: str, rows: list[Row]) -> str:
@@ -287,8 +320,10 @@ def _growth_title(variable: str, rows: list[Row]) -> str:
     return network + "\n" + ", ".join((*fixed, row["dtype"]))
 
 
-def _curve(axes: Axes, points: dict[int, float], contender: str, degree: int, naive: dict[int, float]) -> None:
-    """MB over what grows; the last point is labelled with how much less than naive it is."""
+def _curve(
+    axes: Axes, points: dict[int, float], contender: str, degree: int, naive: dict[int, float], unit: str
+) -> None:
+    """A quantity over what grows; the last point is labelled with how much less than naive it is."""
     if not points:
         return
     x, y = np.array(list(points.items())).T
@@ -297,7 +332,7 @@ def _curve(axes: Axes, points: dict[int, float], contender: str, degree: int, na
     if len(points) > degree + 1:
         every_x = np.linspace(x[0], x[-1], 100)
         axes.plot(every_x, np.polyval(np.polyfit(x, y, degree), every_x), color=colour, lw=1.5)
-    label = f"{_number(y[-1])} MB{_less(y[-1], naive.get(x[-1]))}"
+    label = f"{_number(y[-1])} {unit}{_less(y[-1], naive.get(x[-1]))}"
     readable = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
     axes.annotate(label, (x[-1], y[-1]), (4, 9), textcoords="offset points", ha="right", color=colour, bbox=readable)
 

@@ -72,7 +72,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         results = json.loads(path.read_text())
-        parts = ("peers",) if "peers" in results else PARTS
+        parts = ("mode", "peers") if "peers" in results else PARTS
         missing = [part for part in ("environment", *parts) if part not in results]
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise ValueError(f"{path} is not a file of benchmark results: {error}") from None

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -25,8 +26,19 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from . import results as results_module
-from . import training
-from .cases import DTYPES, FAST, NAIVE, SPEED_CONTENDERS, SUITES, MemoryCase, Suite, default_device, default_dtypes
+from . import rounds, training
+from .cases import (
+    DTYPES,
+    FAST,
+    NAIVE,
+    SPEED_CONTENDERS,
+    SUITES,
+    MemoryCase,
+    Suite,
+    Workload,
+    default_device,
+    default_dtypes,
+)
 from .memory import Meter, meter
 
 Row = dict[str, Any]
@@ -70,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("fastdense bench", description="Fast against naive concatenation, measured.")
     parser.add_argument(
-        "--suite", choices=SUITES, default="quick", help="quick: about 4 minutes on two cores (default); full: longer"
+        "--suite", choices=SUITES, default="quick", help="quick: about 5 minutes on two cores (default); full: longer"
     )
     parser.add_argument("--device", default=default_device(), help="cpu or cuda (default: the GPU if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="one dtype (default: fp32; on a GPU bf16 autocast too)")
@@ -87,14 +99,17 @@ def _parser() -> argparse.ArgumentParser:
 
 # -- parts ----------------------------------------------------------------------------------------------------
 
-_CHECKING, _MEASURING, _EPOCH, _DRAWING = 1.5, 1.8, 3.0, 6.0
-"""Seconds that parts take on two cores, per case, case, epoch and run, for the time left."""
+_CHECKING, _MEASURING, _GROWING, _EPOCH, _DRAWING = 1.5, 1.8, 7.0, 3.0, 6.0
+"""Seconds that parts take on two cores, per case, case, point, epoch and run, for the time left."""
+
+_GROWTH_ROUNDS = 5
 
 
 def _expected_seconds(suite: Suite, device: str, dtypes: tuple[str, ...]) -> float:
     speed = sum(case.seconds + _CHECKING for case in suite.speed_cases(device, dtypes))
-    measured = len(suite.memory_cases(device, dtypes)) + len(list(suite.growth_cases(device, dtypes[0])))
-    return speed + _MEASURING * measured + _EPOCH * suite.epochs + _DRAWING
+    memory = _MEASURING * len(suite.memory_cases(device, dtypes))
+    growth = _GROWING * len(list(suite.growth_cases(device, dtypes[0])))
+    return speed + memory + growth + _EPOCH * suite.epochs + _DRAWING
 
 
 def _time_cases(options: argparse.Namespace, steps: Steps) -> tuple[list[Row], bool]:
@@ -139,10 +154,33 @@ def _measure_memory(suite: Suite, device: str, dtypes: tuple[str, ...], meter: M
 
 def _measure_growth(suite: Suite, device: str, dtype: str, meter: Meter, steps: Steps) -> list[Row]:
     rows = []
-    for variable, value, case in suite.growth_cases(device, dtype):
-        steps.begin(f"growth with {variable}: {value}, {case.contender.name}", _MEASURING)
-        rows.append({"variable": variable, "value": value, **_memory_row(case, meter)})
+    for variable, value, cases in suite.growth_cases(device, dtype):
+        steps.begin(f"growth with {variable}: {value}", _GROWING)
+        for case, milliseconds in zip(cases, _step_times(cases), strict=True):
+            rows.append({"variable": variable, "value": value, **_memory_row(case, meter), **milliseconds})
     return rows
+
+
+def _step_times(cases: list[MemoryCase]) -> list[Row]:
+    """A training step's milliseconds, of each case, in interleaved rounds."""
+    workloads = {
+        case.contender.name: Workload(case.subject, case.contender, case.batch, case.device, case.dtype)
+        for case in cases
+    }
+
+    def clock(name: str) -> float:
+        arguments = workloads[name].prepare("step")
+        start = time.perf_counter()
+        workloads[name].run(*arguments)
+        return 1000 * (time.perf_counter() - start)
+
+    for name in workloads:
+        clock(name)
+    times: dict[str, list[float]] = {name: [] for name in workloads}
+    with rounds.no_garbage_collection():
+        for name in rounds.turns(list(workloads), _GROWTH_ROUNDS):
+            times[name].append(clock(name))
+    return [rounds.spread("step_ms", times[name]) for name in workloads]
 
 
 def _memory_row(case: MemoryCase, meter: Meter) -> Row:
@@ -300,19 +338,25 @@ def _bytes_and_factor(value: int | None, naive: int | None, images: int) -> tupl
 
 
 def _growth_table(results: Row) -> Table:
-    table = empty_table("Growth of the peak of a training step, MB", "with", "from", "to", "contender")
-    for column in ("first", "last", "grows"):
+    table = empty_table("Growth of a training step", "with", "from", "to", "contender")
+    for column in ("peak, MB", "grows", "time, ms", "grows"):
         table.add_column(column, justify="right")
     for (variable, contender), group in groupby(
-        sorted(results["growth"], key=lambda row: row["variable"]), key=lambda row: (row["variable"], row["contender"])
+        sorted(results["growth"], key=lambda row: (row["variable"], row["contender"])),
+        key=lambda row: (row["variable"], row["contender"]),
     ):
-        points = [(row["value"], row["peak_bytes"]) for row in group if row["peak_bytes"] is not None]
-        if len(points) < 2:
-            continue
-        (start, first), (end, last) = points[0], points[-1]
-        numbers = (f"{first / 1e6:.1f}", f"{last / 1e6:.1f}", f"{last / first:.1f}x for {end / start:.1f}x")
-        table.add_row(variable, str(start), str(end), contender, *numbers)
+        points = list(group)
+        first, last = points[0], points[-1]
+        peak = _growth([row["peak_bytes"] / 1e6 for row in points if row["peak_bytes"] is not None])
+        times = _growth([row["step_ms"] for row in points])
+        table.add_row(variable, str(first["value"]), str(last["value"]), contender, *peak, *times)
     return table
+
+
+def _growth(values: list[float]) -> tuple[str, str]:
+    if len(values) < 2:
+        return "-", ""
+    return f"{values[0]:.1f} to {values[-1]:.1f}", f"{values[-1] / values[0]:.1f}x"
 
 
 def empty_table(title: str, *columns: str) -> Table:

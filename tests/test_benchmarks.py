@@ -106,6 +106,7 @@ def test_run_measures_memory_and_its_growth(smoke_results: dict[str, Any]) -> No
         assert row["peak_bytes"] is None or row["peak_bytes"] > 0
         assert row["peak_bytes"] is not None or row["note"]
     assert {row["variable"] for row in smoke_results["growth"]} == {"depth", "batch", "resolution"}
+    assert all(0 < row["step_ms_q1"] <= row["step_ms"] <= row["step_ms_q3"] for row in smoke_results["growth"])
 
 
 def test_run_trains_both_alike(smoke_results: dict[str, Any]) -> None:

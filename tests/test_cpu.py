@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,10 +41,16 @@ SOURCES = Path(cpu.__file__).parent / "src"
 
 def compile_library(folder: Path, *flags: str) -> None:
     """The library with AMX's tiles emulated, so that their kernels run on a CPU without them."""
-    sources = sorted(map(str, SOURCES.glob("*.cpp")))
     emulate = f'-DFASTDENSE_EMULATE_AMX="{Path(__file__).with_name("amx_emulation.h")}"'
-    command = ["g++", "-shared", "-std=c++17", "-fPIC", emulate, *flags, "-o", str(folder / "_library.so"), *sources]
-    subprocess.run(command, check=True, capture_output=True)
+
+    def gcc(*arguments: str) -> None:
+        subprocess.run(["g++", "-std=c++17", "-fPIC", *flags, *arguments], check=True, capture_output=True)
+
+    sources = sorted(SOURCES.glob("*.cpp"))
+    objects = [str(folder / f"{source.stem}.o") for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda source, to: gcc(emulate, "-c", str(source), "-o", to), sources, objects))
+    gcc("-shared", "-o", str(folder / "_library.so"), *objects)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +99,33 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module", params=[True, False], ids=["train", "eval"])
+def train(request) -> bool:
+    """Batch statistics and every gradient, or running statistics."""
+    return request.param
+
+
+MODES = {  # in training each narrow dtype once, as all multiplies are in floats
+    **{f"train-{precision}": (True, precision) for precision in ("fp32", "bf16", "autocast fp16")},
+    **{f"eval-{precision}": (False, precision) for precision in PRECISIONS},
+}
+every_mode = pytest.mark.parametrize(("train", "precision"), MODES.values(), ids=MODES, indirect=["train"])
+
+
+@pytest.fixture(scope="module")
+def check(train, clear_relus, assert_parity):
+    """``check(pair, inputs, precision)``: the errors of a fast module are within its budget."""
+
+    def run(pair: list[nn.Module], inputs: list[Tensor], precision: str) -> None:
+        for module in pair:
+            module.train(train)
+        if train:
+            clear_relus(pair, inputs)
+        assert_parity(*pair, inputs, **PRECISIONS[precision], backward=train)
+
+    return run
+
+
 def infer(model: nn.Module, x: Tensor) -> Tensor:
     with torch.inference_mode():
         return model.eval()(x)
@@ -111,48 +145,80 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@every_mode
 @pytest.mark.parametrize("geometry", BLOCKS)
-def test_block(kernels, geometry, precision, twins, randn, assert_parity):
+def test_block(kernels, geometry, precision, twins, randn, check):
     arguments, shape = BLOCKS[geometry]
-    pair = [module.eval() for module in twins("block", **arguments)]
-    assert_parity(*pair, [randn(*shape, seed=seed) for seed in range(3)], **PRECISIONS[precision], backward=False)
+    check(twins("block", **arguments), [randn(*shape, seed=seed) for seed in range(3)], precision)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@every_mode
 @pytest.mark.parametrize("shape", [(2, 128, 14, 14), (3, 37, 9, 5), (1, 256, 2, 3)])
-def test_transition(kernels, shape, precision, twins, randn, assert_parity):
-    pair = [module.eval() for module in twins("transition", shape[1], shape[1] // 2)]
-    assert_parity(*pair, [randn(*shape, seed=seed) for seed in range(3)], **PRECISIONS[precision], backward=False)
+def test_transition(kernels, shape, precision, twins, randn, check):
+    check(twins("transition", shape[1], shape[1] // 2), [randn(*shape, seed=seed) for seed in range(3)], precision)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("shape", [(2, 64, 20, 20), (3, 37, 9, 5), (1, 8, 1, 1)])
-def test_stem_tail_and_head(kernels, shape, precision, twins, randn, assert_parity):
-    pair = [module.eval() for module in twins("tails", shape[1])]
-    assert_parity(*pair, [randn(*shape, seed=seed) for seed in range(3)], **PRECISIONS[precision], backward=False)
+@every_mode
+@pytest.mark.parametrize("shape", [(2, 64, 20, 20), (3, 37, 9, 5), (2, 8, 1, 1)])
+def test_stem_tail_and_head(kernels, shape, precision, twins, randn, check):
+    check(twins("tails", shape[1]), [randn(*shape, seed=seed) for seed in range(3)], precision)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_network(kernels, precision, twins, randn, assert_parity):
-    pair = [module.eval() for module in twins("net", num_classes=10)]
-    inputs = [randn(2, 3, 96, 80, seed=seed) for seed in range(3)]
-    assert_parity(*pair, inputs, **PRECISIONS[precision], backward=False)
+def test_network(kernels, precision, twins, randn, check):
+    check(twins("net", num_classes=10), [randn(2, 3, 96, 80, seed=seed) for seed in range(3)], precision)
 
 
 @given(
     channels=st.integers(1, 70),
     growth=st.sampled_from([1, 12, 31, 32, 33, 48]),
     bn_size=st.sampled_from([None, 1, 4]),
-    shape=st.tuples(st.integers(1, 5), st.integers(1, 57), st.integers(1, 57)),
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 57), st.integers(2, 57)),
     precision=st.sampled_from(sorted(PRECISIONS)),
 )
-def test_any_shape(kernels, channels, growth, bn_size, shape, precision, twins, randn, assert_parity):
+def test_any_shape(kernels, channels, growth, bn_size, shape, precision, train, twins, randn, check):
     n, h, w = shape
     block = dict(num_layers=2, num_input_features=channels, growth_rate=growth, bn_size=bn_size)
-    pair = [module.eval() for module in twins("block", **block)]
-    inputs = [randn(n, channels, h, w, seed=seed) for seed in range(3)]
-    assert_parity(*pair, inputs, **PRECISIONS[precision], backward=False)
+    check(twins("block", **block), [randn(n, channels, h, w, seed=seed) for seed in range(3)], precision)
+
+
+LAYER_OPTIONS = {
+    "memory-efficient": dict(memory_efficient=True),
+    "dropout": dict(drop_rate=0.4),
+    "dropout after every convolution": dict(drop_rate=0.4, drop_every_conv=True),
+    "no bottleneck, dropout": dict(bn_size=None, drop_rate=0.4),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "autocast bf16"])
+@pytest.mark.parametrize("frozen", [None, "norm1", "norm2", "denselayer2"])
+@pytest.mark.parametrize("options", LAYER_OPTIONS)
+def test_training_options(kernels, options, frozen, precision, twins, randn, assert_parity):
+    """Dropout, recomputation, and norms of which some use running statistics."""
+    pair = twins("block", num_layers=3, num_input_features=10, growth_rate=6, **LAYER_OPTIONS[options])
+    for module in pair:
+        for name, norm in module.named_modules():
+            if frozen is not None and frozen in name and isinstance(norm, nn.BatchNorm2d):
+                norm.eval()
+    inputs = [randn(3, 10, 9, 11, seed=seed) for seed in range(5)]
+    assert_parity(*pair, inputs, **PRECISIONS[precision])
+
+
+@pytest.mark.parametrize("wanted", ["x", "denselayer1.conv1", "denselayer2.norm2", "denselayer3.conv2", "conv"])
+def test_only_the_gradients_that_are_wanted(kernels, wanted, twins, randn):
+    """The same bits as when all are made."""
+    fast, _ = twins("block", num_layers=3, num_input_features=10, growth_rate=6)
+    x, grad = randn(2, 10, 7, 9).requires_grad_(), randn(2, 28, 7, 9, seed=1)
+    fast(x).backward(grad)
+    every = {"x": x.grad, **{name: p.grad for name, p in fast.named_parameters()}}
+    named = {"x": x, **dict(fast.named_parameters())}
+    for name, tensor in named.items():
+        tensor.grad = None
+        tensor.requires_grad_(wanted in name)
+    fast(x).backward(grad)
+    for name, tensor in named.items():
+        assert (tensor.grad is None) == (wanted not in name)
+        assert tensor.grad is None or torch.equal(tensor.grad, every[name])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -196,6 +262,28 @@ def test_same_bits_for_any_batch_and_threads(compiled, threads, precision, twins
         threads(count)
         features += [infer(net.features, x), torch.cat([infer(net.features, image[None]) for image in x])]
     assert all(torch.equal(features[0], other) for other in features[1:])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_training_repeats_its_bits_for_a_number_of_threads(
+    compiled, threads, count, twins, randn, assert_within_budget
+):
+    """Over the threads' shares of a batch, in their order, gradients are added up."""
+    net, stock = twins("net", block_config=(2, 3), num_classes=7)
+    x = randn(5, 3, 70, 61)
+    clear_relus([net, stock], [x])
+
+    def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        model.zero_grad()
+        model(x).square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    stocks = gradients(stock, x)
+    exact = gradients(copy.deepcopy(stock).double(), x.double())
+    threads(count)
+    first, second = gradients(net, x), gradients(net, x)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_within_budget(first, stocks, exact, torch.float32)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded"])
@@ -326,17 +414,19 @@ for isa, found in library.offered(Path(sys.argv[1])).items():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for n, c, h, w in shapes:
             for growth, bn_size in ((5, 3), (32, 4), (12, None)):
-                block = fastdense.FastDenseBlock(2, c, bn_size, growth).eval().to(dtype)
-                x = torch.randn(n, c, h, w).to(dtype)
-                with torch.inference_mode(), fastdense.use_backend("cpu"):
-                    assert block(x).isfinite().all()
-                    x[0, 0, 0, 0] = float("nan")
-                    block(x)
-                    if h > 1:
-                        fastdense.FastTransition(c, c // 2).eval().to(dtype)(x)
-                    net = fastdense.FastDenseNet(block_config=(), num_init_features=c, num_classes=1).eval().to(dtype)
-                    net.features.conv0 = torch.nn.Identity()
-                    net(x)
+                block = fastdense.FastDenseBlock(2, c, bn_size, growth, 0.1).to(dtype)
+                net = fastdense.FastDenseNet(block_config=(), num_init_features=c, num_classes=1).to(dtype)
+                net.features.conv0 = torch.nn.Identity()
+                modules = [block, net] + ([fastdense.FastTransition(c, c // 2).to(dtype)] if h > 1 else [])
+                for module in modules:
+                    x = torch.randn(n, c, h, w).to(dtype)
+                    with fastdense.use_backend("cpu"):
+                        y = module.train()(x.requires_grad_())
+                        y.backward(torch.randn_like(y))
+                        with torch.inference_mode():
+                            assert module.eval()(x).isfinite().all()
+                            x.data[0, 0, 0, 0] = float("nan")
+                            module(x)
     print("clean on", isa)
 """
 
@@ -345,7 +435,7 @@ for isa, found in library.offered(Path(sys.argv[1])).items():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_sanitisers_find_nothing(compiled, tmp_path):
     """AddressSanitizer and UndefinedBehaviorSanitizer over odd shapes, every instruction set and dtype."""
-    compile_library(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
+    compile_library(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1")
     runtimes = [
         subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")

@@ -1,7 +1,9 @@
-"""``make bench-peers``: every contender is a row, nothing inexact is timed, and saved rows are what is drawn."""
+"""``make bench-peers``, ``bench-training``: every contender is a row, nothing inexact is timed, rows are drawn."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ pytest.importorskip("matplotlib", reason="needs the packages of fastdense[bench]
 pytest.importorskip("sklearn", reason="needs the packages of fastdense[bench]")
 
 import fastdense
+from fastdense import parity
 from fastdense.benchmarks import peers, plots, runtimes
 from fastdense.benchmarks import results as results_module
 from fastdense.benchmarks.cases import Network
@@ -32,13 +35,17 @@ def _nothing_is_compiled() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", params=runtimes.PEER_MODES)
+def mode(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(mode: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of a small run of the command line, in a folder with its plot."""
     path = tmp_path_factory.mktemp("peers") / "rows.json"
-    assert (
-        peers.main([*SMALL, "--batch", "2", "--dtype", "float32", "bf16", "--repeats", "2", "--json", str(path)]) == 0
-    )
+    options = ["--mode", mode, "--batch", "2", "--dtype", "float32", "bf16", "--repeats", "2", "--json", str(path)]
+    assert peers.main([*SMALL, *options]) == 0
     return path
 
 
@@ -52,8 +59,9 @@ def measured(repeats: int = 1) -> dict[str, dict[str, Any]]:
     return {row["contender"]: row for row in peers.measure(CASE, 0.1, repeats, lambda what, seconds: None)}
 
 
-def test_every_contender_has_a_row_in_every_dtype(rows: list[dict[str, Any]]) -> None:
-    names = [runtime.name for runtime in runtimes.RUNTIMES]
+def test_every_contender_has_a_row_in_every_dtype(mode: str, rows: list[dict[str, Any]]) -> None:
+    names = [runtime.name for runtime in runtimes.RUNTIMES if mode in runtime.modes]
+    assert names[-1] == "fastdense"
     assert [(row["dtype"], row["contender"]) for row in rows] == [(d, n) for d in ("fp32", "bf16") for n in names]
     for row in rows:
         if row["note"] is None:
@@ -67,8 +75,13 @@ def test_every_contender_has_a_row_in_every_dtype(rows: list[dict[str, Any]]) ->
 
 @pytest.mark.parametrize(("dtype", "largest"), [("fp32", 1e-4), ("bf16", 0.2)])
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
-def test_vendor_runtimes_compute_the_same(rows: list[dict[str, Any]], name: str, dtype: str, largest: float) -> None:
+def test_vendor_runtimes_compute_the_same(
+    mode: str, rows: list[dict[str, Any]], name: str, dtype: str, largest: float
+) -> None:
     runtime = next(runtime for runtime in runtimes.RUNTIMES if runtime.name == name)
+    if mode not in runtime.modes:
+        assert all(row["contender"] != name for row in rows)
+        return
     for package in runtime.packages:
         pytest.importorskip(package, reason="needs the packages of fastdense[peers]")
     (row,) = (row for row in rows if (row["contender"], row["dtype"]) == (name, dtype))
@@ -93,7 +106,7 @@ def test_missing_package_and_failing_contender_are_named(
     assert found["compile"]["note"] == "failed with RuntimeError: no C++ compiler"
     assert {name for name, row in found.items() if row["note"] is None} == {"eager", "channels_last", "fastdense"}
 
-    results = {"environment": results_module.environment("cpu"), "peers": list(found.values())}
+    results = {"environment": results_module.environment("cpu"), "mode": "inference", "peers": list(found.values())}
     peers.show(results, plots.draw(results_module.save(results, tmp_path)))
     printed = capsys.readouterr().out
     for part in ("openvino missing", "onnxscript missing", "no C++ compiler", "first call", "peers.png"):
@@ -116,6 +129,27 @@ def test_inexact_fastdense_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: p
         measured()
     assert peers.main([*SMALL, "--batch", "2", "--dtype", "fp32", "--repeats", "1"]) == 1
     assert "fastdense's logits" in capsys.readouterr().err
+
+
+def test_training_recomputes_and_does_not_learn() -> None:
+    """The variants do what their names say, and every round does the same work on the same weights."""
+    model = CASE.network.build(peers.NAIVE)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    x = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    for runtime in (runtimes.CHANNELS_LAST, runtimes.RECOMPUTING, runtimes.FASTDENSE, runtimes.FASTDENSE_RECOMPUTING):
+        own = copy.deepcopy(model)
+        first, second = (runtime.build(own, x, torch.float32)(x) for _ in range(2))
+        torch.testing.assert_close(first, second)
+        assert all(torch.equal(before[name], p) and p.grad.any() for name, p in own.named_parameters())
+        efficient = [m.memory_efficient for m in own.modules() if hasattr(m, "memory_efficient")]
+        assert set(efficient) == {runtime in (runtimes.RECOMPUTING, runtimes.FASTDENSE_RECOMPUTING)}
+
+
+def test_inexact_gradients_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = parity.Row("conv0.weight.grad", fast_error=1.0, stock_error=1e-7, allowed=2e-7)
+    monkeypatch.setattr(peers, "parity_rows", lambda network, device, dtype: [wrong])
+    with pytest.raises(peers.ParityError, match=r"conv0.weight.grad: error 1, allowed"):
+        peers.measure(dataclasses.replace(CASE, mode="training"), 0.1, 1, lambda what, seconds: None)
 
 
 def test_plot_is_drawn_from_saved_rows(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,6 +72,20 @@ struct Isa {
     store(part, v);
     std::memcpy(p, part, count * sizeof(Half));
   }
+
+  struct Wide {  // a vector in double precision
+    __m256d low, high;
+  };
+  static Wide wide_zero() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
+  static Wide wide_add(Wide a, Vector b) {
+    return {_mm256_add_pd(a.low, _mm256_cvtps_pd(_mm256_castps256_ps128(b))),
+            _mm256_add_pd(a.high, _mm256_cvtps_pd(_mm256_extractf128_ps(b, 1)))};
+  }
+  static void wide_store(double* p, Wide v) {
+    _mm256_storeu_pd(p, v.low);
+    _mm256_storeu_pd(p + 4, v.high);
+  }
+
   static Vector round(Vector v, BFloat16*) { return widen_bf16(narrow_bf16(v)); }
   static Vector round(Vector v, Float16*) { return _mm256_cvtph_ps(narrow_fp16(v)); }
 

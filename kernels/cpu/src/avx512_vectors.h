@@ -66,6 +66,20 @@ struct Avx512 {
   static void store_part(Float16* p, Vector v, int64_t count) {
     _mm256_mask_storeu_epi16(p, first(count), narrow_fp16(v));
   }
+
+  struct Wide {  // a vector in double precision
+    __m512d low, high;
+  };
+  static Wide wide_zero() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+  static Wide wide_add(Wide a, Vector b) {
+    return {_mm512_add_pd(a.low, _mm512_cvtps_pd(_mm512_castps512_ps256(b))),
+            _mm512_add_pd(a.high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(b, 1)))};
+  }
+  static void wide_store(double* p, Wide v) {
+    _mm512_storeu_pd(p, v.low);
+    _mm512_storeu_pd(p + 8, v.high);
+  }
+
   static Vector round(Vector v, BFloat16*) { return widen_bf16(narrow_bf16(v)); }
   static Vector round(Vector v, Float16*) { return _mm512_cvtph_ps(narrow_fp16(v)); }
 

@@ -4,60 +4,57 @@
 //
 // Included by each instruction set's file, inside its namespace, after its Isa.
 
-// Of a tensor [rows, channels] that is made in segments, by whichever threads.
+// Of a tensor [rows, channels] that is made in segments, by whichever threads. Summed in double precision.
 class Statistics {
  public:
-  static constexpr int64_t kSegments = 256;  // at most; the result depends on how many, not on the threads
+  static constexpr int64_t kSegments = 128;  // at most; the result depends on how many, not on the threads
 
   void begin(int64_t segments, int64_t channels) {
     channels_ = channels;
     padded_ = round_up(channels, Isa::kLanes);
     counts_.assign(segments, 0);
-    parts_ = memory_.get<float>(2 * segments * padded_);
-    std::memset(parts_, 0, 2 * segments * padded_ * sizeof(float));
+    parts_ = memory_.get<double>(2 * segments * padded_);
+    std::memset(parts_, 0, 2 * segments * padded_ * sizeof(double));
   }
 
   // More rows of a segment, `stride` apart: few enough to be in cache.
   template <class Store>
   void add(int64_t segment, const Store* x, int64_t rows, int64_t stride) {
-    float* const mean = parts_ + 2 * segment * padded_;
-    float* const m2 = mean + padded_;
-    const float before = static_cast<float>(counts_[segment]), total = before + static_cast<float>(rows);
+    double* const mean = parts_ + 2 * segment * padded_;
+    const double before = static_cast<double>(counts_[segment]), count = static_cast<double>(rows);
     counts_[segment] += rows;
-    const Vector per_row = Isa::broadcast(1 / static_cast<float>(rows));
-    const Vector share = Isa::broadcast(static_cast<float>(rows) / total);
-    const Vector weight = Isa::broadcast(before * static_cast<float>(rows) / total);
     for (int64_t c = 0; c < channels_; c += Isa::kLanes) {
-      const int64_t count = channels_ - c;
-      Vector sum = Isa::zero(), squares = Isa::zero();
-      for (int64_t row = 0; row < rows; ++row) sum = Isa::add(sum, load_up_to(x + row * stride + c, count));
-      const Vector tile_mean = Isa::mul(sum, per_row);
+      const auto at = [&](int64_t row) { return load_up_to(x + row * stride + c, channels_ - c); };
+      typename Isa::Wide sum = Isa::wide_zero(), squares = Isa::wide_zero();
+      for (int64_t row = 0; row < rows; ++row) sum = Isa::wide_add(sum, at(row));
+      double tile_mean[Isa::kLanes], tile_m2[Isa::kLanes];
+      float rounded[Isa::kLanes];
+      Isa::wide_store(tile_mean, sum);
+      for (int lane = 0; lane < Isa::kLanes; ++lane) tile_mean[lane] /= count;
+      for (int lane = 0; lane < Isa::kLanes; ++lane) rounded[lane] = static_cast<float>(tile_mean[lane]);
+      const Vector centre = Isa::load(rounded);
       for (int64_t row = 0; row < rows; ++row) {
-        const Vector centred = Isa::sub(load_up_to(x + row * stride + c, count), tile_mean);
-        squares = Isa::multiply_add(centred, centred, squares);
+        const Vector centred = Isa::sub(at(row), centre);
+        squares = Isa::wide_add(squares, Isa::mul(centred, centred));
       }
-      const Vector old = Isa::load(mean + c), step = Isa::sub(tile_mean, old);
-      Isa::store(mean + c, Isa::multiply_add(step, share, old));
-      const Vector between = Isa::multiply_add(Isa::mul(step, step), weight, squares);
-      Isa::store(m2 + c, Isa::add(Isa::load(m2 + c), between));
+      Isa::wide_store(tile_m2, squares);
+      for (int lane = 0; lane < Isa::kLanes; ++lane) {
+        const double off = tile_mean[lane] - rounded[lane];
+        tile_m2[lane] -= count * off * off;
+      }
+      merge(Isa::kLanes, before, count, tile_mean, tile_m2, mean + c, mean + padded_ + c);
     }
   }
 
   // Mean and biased variance of everything.
   void finish(float* mean_out, float* var_out) const {
-    std::vector<double> mean(channels_), m2(channels_);
+    std::vector<double> mean(padded_), m2(padded_);
     double total = 0;
     for (size_t segment = 0; segment < counts_.size(); ++segment) {
-      const auto rows = static_cast<double>(counts_[segment]);
-      if (rows == 0) continue;
-      const float* const part = parts_ + 2 * segment * padded_;
-      const double share = rows / (total + rows), weight = total * share;
-      for (int64_t c = 0; c < channels_; ++c) {
-        const double step = part[c] - mean[c];
-        mean[c] += step * share;
-        m2[c] += part[padded_ + c] + step * step * weight;
-      }
-      total += rows;
+      const double* const own = parts_ + 2 * segment * padded_;
+      if (counts_[segment] == 0) continue;
+      merge(padded_, total, static_cast<double>(counts_[segment]), own, own + padded_, mean.data(), m2.data());
+      total += static_cast<double>(counts_[segment]);
     }
     for (int64_t c = 0; c < channels_; ++c) {
       mean_out[c] = static_cast<float>(mean[c]);
@@ -66,10 +63,21 @@ class Statistics {
   }
 
  private:
+  // Adds `count` values of each channel to the `before` values of (mean, m2).
+  static void merge(int64_t channels, double before, double count, const double* mean, const double* m2, double* to_mean,
+                    double* to_m2) {
+    const double share = count / (before + count), weight = before * share;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double step = mean[c] - to_mean[c];
+      to_mean[c] += step * share;
+      to_m2[c] += m2[c] + step * step * weight;
+    }
+  }
+
   Buffer memory_;
   std::vector<int64_t> counts_;
   int64_t channels_ = 0, padded_ = 0;
-  float* parts_ = nullptr;
+  double* parts_ = nullptr;
 };
 
 // Sums that every thread gathers for itself: `size` floats for each of `slots`, zeros at first.
