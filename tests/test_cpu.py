@@ -265,10 +265,8 @@ def test_same_bits_for_any_batch_and_threads(compiled, threads, precision, twins
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_training_repeats_its_bits_for_a_number_of_threads(
-    compiled, threads, count, twins, randn, assert_within_budget
-):
-    """Over the threads' shares of a batch, in their order, gradients are added up."""
+def test_training_repeats_its_bits(compiled, threads, count, twins, randn, clear_relus, assert_within_budget):
+    """For a number of threads: gradients are added up over the threads' shares of a batch, in their order."""
     net, stock = twins("net", block_config=(2, 3), num_classes=7)
     x = randn(5, 3, 70, 61)
     clear_relus([net, stock], [x])

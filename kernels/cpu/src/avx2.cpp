@@ -81,6 +81,7 @@ struct Isa {
     return {_mm256_add_pd(a.low, _mm256_cvtps_pd(_mm256_castps256_ps128(b))),
             _mm256_add_pd(a.high, _mm256_cvtps_pd(_mm256_extractf128_ps(b, 1)))};
   }
+  static Wide wide_load(const double* p) { return {_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)}; }
   static void wide_store(double* p, Wide v) {
     _mm256_storeu_pd(p, v.low);
     _mm256_storeu_pd(p + 4, v.high);

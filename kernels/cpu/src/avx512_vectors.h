@@ -75,6 +75,7 @@ struct Avx512 {
     return {_mm512_add_pd(a.low, _mm512_cvtps_pd(_mm512_castps512_ps256(b))),
             _mm512_add_pd(a.high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(b, 1)))};
   }
+  static Wide wide_load(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
   static void wide_store(double* p, Wide v) {
     _mm512_storeu_pd(p, v.low);
     _mm512_storeu_pd(p + 8, v.high);

@@ -48,7 +48,7 @@ inline void make_panels(const float* x, int64_t rows, int64_t columns, float* pa
 }
 
 // A 1x1's gradient [out, in], from the sums' [in, out_padded].
-inline void transpose_sums(const Sums& sums, int64_t out_padded, int64_t out, int64_t in, const Team& team,
+inline void transpose_sums(const Sums<float>& sums, int64_t out_padded, int64_t out, int64_t in, const Team& team,
                            float* gradient) {
   team.run(ceil_div(in, Isa::kLanes), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * Isa::kLanes; i < std::min(in, end * Isa::kLanes); i += Isa::kLanes) {

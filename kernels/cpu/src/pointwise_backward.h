@@ -4,16 +4,17 @@
 
 // A norm's own gradients from the sums s1 and, but for rstd, s2 of `rows` pixels; and p and q of what its batch's
 // statistics let through to its input.
-inline void norm_gradients(const Sums& sums, const Normalization& norm, int64_t rows, int64_t c, int64_t c_padded,
-                           float* weight, float* bias, float* p, float* q) {
-  const Vector share = Isa::broadcast(-1 / static_cast<float>(rows));
-  for (int64_t v = 0; v < c_padded; v += Isa::kLanes) {
-    const Vector rstd = Isa::load(norm.rstd + v), each = Isa::mul(Isa::load(norm.scale + v), share);
-    const Vector s1 = sums.total(v), s2 = Isa::mul(sums.total(c_padded + v), rstd);
-    store_up_to(bias + v, s1, c - v);
-    store_up_to(weight + v, s2, c - v);
-    Isa::store(p + v, Isa::mul(each, s1));
-    Isa::store(q + v, Isa::mul(Isa::mul(each, rstd), s2));
+inline void norm_gradients(const Sums<double>& sums, const Normalization& norm, int64_t rows, int64_t c,
+                           int64_t c_padded, float* weight, float* bias, float* p, float* q) {
+  std::fill(p, p + c_padded, 0.f);
+  std::fill(q, q + c_padded, 0.f);
+  for (int64_t i = 0; i < c; ++i) {
+    const double rstd = norm.rstd[i], each = -norm.scale[i] / static_cast<double>(rows);
+    const double s1 = sums.total(i), s2 = sums.total(c_padded + i) * rstd;
+    bias[i] = static_cast<float>(s1);
+    weight[i] = static_cast<float>(s2);
+    p[i] = static_cast<float>(each * s1);
+    q[i] = static_cast<float>(each * rstd * s2);
   }
 }
 
@@ -36,18 +37,22 @@ void norm_relu_backward(const PointwiseGradArgs& p, const Team& team, const Norm
     }
   };
   prefer_huge_pages(p.dx, rows * p.width * c * sizeof(Store));
-  Sums sums;
+  Sums<double> sums;
   sums.begin(slots, 2 * padded);
   team.run(slots, [&](int64_t begin, int64_t end) {
+    float* const s1 = Scratch::of_this_thread().row.get<float>(2 * padded);  // of a row
+    float* const s2 = s1 + padded;
     for (int64_t slot = begin; slot < end; ++slot) {
-      float* const s1 = sums.clear(slot);
-      float* const s2 = s1 + padded;
-      for (int64_t row = rows * slot / slots; row < rows * (slot + 1) / slots; ++row)
+      double* const sum = sums.clear(slot);
+      for (int64_t row = rows * slot / slots; row < rows * (slot + 1) / slots; ++row) {
+        std::memset(s1, 0, 2 * padded * sizeof(float));
         for_each(row, [&](int64_t, int64_t v, int64_t, Vector value, Vector da) {
           const Vector centred = Isa::sub(value, Isa::load(norm.mean + v));
           Isa::store(s1 + v, Isa::add(Isa::load(s1 + v), da));
           Isa::store(s2 + v, Isa::multiply_add(da, centred, Isa::load(s2 + v)));
         });
+        for (int64_t v = 0; v < 2 * padded; v += Isa::kLanes) add_to(sum + v, Isa::load(s1 + v));
+      }
     }
   });
   std::vector<float> through(2 * padded);
@@ -83,7 +88,7 @@ void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
   Buffer packed_memory, dpooled_memory;
   const float* const w = pack_in_parallel<Word>(transposed(p.conv), team, packed_memory);
   float* const dpooled = dpooled_memory.get<float>(pixels * c_padded);
-  Sums weight_sums;
+  Sums<float> weight_sums;
   weight_sums.begin(slots, p.conv_weight != nullptr ? c_padded * k_padded : 0);
 
   team.run(slots, [&](int64_t begin, int64_t end) {

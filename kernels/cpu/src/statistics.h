@@ -80,32 +80,42 @@ class Statistics {
   double* parts_ = nullptr;
 };
 
-// Sums that every thread gathers for itself: `size` floats for each of `slots`, zeros at first.
+// Sums that every thread gathers for itself: `size` numbers for each of `slots`. A weight's gradient in floats; a
+// norm's, whose terms are many and whose error reaches every pixel, in double precision.
+template <class T>
 class Sums {
  public:
   void begin(int64_t slots, int64_t size) {
     slots_ = slots;
-    size_ = round_up(size, kCacheLine / sizeof(float));
-    data_ = memory_.get<float>(slots_ * size_);
+    size_ = round_up(size, kCacheLine / sizeof(T));
+    data_ = memory_.get<T>(slots_ * size_);
   }
-  float* clear(int64_t slot) {  // by the thread that will add to it
-    std::memset(of(slot), 0, size_ * sizeof(float));
-    return of(slot);
+  T* clear(int64_t slot) {  // by the thread that will add to it
+    T* const own = data_ + slot * size_;
+    std::memset(own, 0, size_ * sizeof(T));
+    return own;
   }
-  float* of(int64_t slot) { return data_ + slot * size_; }
 
-  // The total of kLanes of them, in the order of the slots.
-  Vector total(int64_t i) const {
-    Vector sum = Isa::load(data_ + i);
-    for (int64_t slot = 1; slot < slots_; ++slot) sum = Isa::add(sum, Isa::load(data_ + slot * size_ + i));
-    return sum;
+  // The total of the i-th number, of floats kLanes from it on, in the order of the slots.
+  auto total(int64_t i) const {
+    if constexpr (std::is_same_v<T, double>) {
+      double sum = 0;
+      for (int64_t slot = 0; slot < slots_; ++slot) sum += data_[slot * size_ + i];
+      return sum;
+    } else {
+      Vector sum = Isa::load(data_ + i);
+      for (int64_t slot = 1; slot < slots_; ++slot) sum = Isa::add(sum, Isa::load(data_ + slot * size_ + i));
+      return sum;
+    }
   }
 
  private:
   Buffer memory_;
   int64_t slots_ = 0, size_ = 0;
-  float* data_ = nullptr;
+  T* data_ = nullptr;
 };
+
+inline void add_to(double* sum, Vector v) { Isa::wide_store(sum, Isa::wide_add(Isa::wide_load(sum), v)); }
 
 template <class Store>
 void channel_stats(const StatsArgs& p, ParallelFor parallel_for) {

@@ -203,8 +203,8 @@ class TrainingBlock {
     if (wants_weight) weight_sums_.begin(slots(), 16 * c_padded * k);
     team_.run(slots(), [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot) {
-        float* const s1 = sums_.clear(slot);
-        float* const s2 = s1 + c_padded;
+        double* const s1 = sums_.clear(slot);
+        double* const s2 = s1 + c_padded;
         float* const weight_sum = wants_weight ? weight_sums_.clear(slot) : nullptr;
         for (int64_t n = windows_.count() * slot / slots(); n < windows_.count() * (slot + 1) / slots(); ++n) {
           const Place place = windows_[n];
@@ -237,9 +237,9 @@ class TrainingBlock {
   // rstd, s2.
   template <class Source, class Use>
   void mask_row(const Source* x, int64_t stride, int64_t c, const Normalization& norm, const float* du,
-                int64_t c_padded, float* s1, float* s2, const Use& use) {
+                int64_t c_padded, double* s1, double* s2, const Use& use) {
     for (int64_t v = 0; v < c_padded; v += Isa::kLanes) {
-      Vector sum1 = Isa::load(s1 + v), sum2 = Isa::load(s2 + v);
+      Vector sum1 = Isa::zero(), sum2 = Isa::zero();
       const Vector mean = Isa::load(norm.mean + v);
       for (int64_t j = 0; j < p_.width; ++j) {
         const Vector value = load_up_to(x + j * stride + v, c - v);
@@ -248,8 +248,8 @@ class TrainingBlock {
         sum2 = Isa::multiply_add(da, Isa::sub(value, mean), sum2);
         use(j, v, da, c - v);
       }
-      Isa::store(s1 + v, sum1);
-      Isa::store(s2 + v, sum2);
+      add_to(s1 + v, sum1);
+      add_to(s2 + v, sum2);
     }
   }
 
@@ -277,8 +277,8 @@ class TrainingBlock {
       float* const z = scratch.z.get<float>(kGradientStrip * z_stride);
       float* const dz = scratch.product.get<float>(kGradientStrip * kChunk);
       for (int64_t slot = begin; slot < end; ++slot) {
-        float* const s1 = sums_.clear(slot);
-        float* const s2 = s1 + c_padded;
+        double* const s1 = sums_.clear(slot);
+        double* const s2 = s1 + c_padded;
         float* const weight_sum = wants_weight ? weight_sums_.clear(slot) : nullptr;
         for (int64_t strip = strips * slot / slots(); strip < strips * (slot + 1) / slots(); ++strip) {
           const int64_t first = pixels_ * strip / strips, rows = pixels_ * (strip + 1) / strips - first;
@@ -309,13 +309,13 @@ class TrainingBlock {
 
   // z, and da = dz 1[z > 0] into G and the sums, of some channels of some pixels.
   void undo_norm1(int64_t first, int64_t rows, int64_t start, int64_t width, int64_t c, const float* dz, float* z,
-                  int64_t z_stride, float* s1, float* s2) {
+                  int64_t z_stride, double* s1, double* s2) {
     constexpr int64_t kTogether = 8;  // pixels between a load and a store of the sums
     for (int64_t block = 0; block < rows; block += kTogether)
       for (int64_t v = 0; v < width; v += Isa::kLanes) {
         const int64_t channel = start + v, exist = c - channel;
         const Vector scale = Isa::load(norm1_.scale + channel), mean = Isa::load(norm1_.mean + channel);
-        Vector sum1 = Isa::load(s1 + channel), sum2 = Isa::load(s2 + channel);
+        Vector sum1 = Isa::zero(), sum2 = Isa::zero();
         for (int64_t row = block; row < std::min(rows, block + kTogether); ++row) {
           const int64_t element = (first + row) * channels_ + channel;
           if (v % (kCacheLine / 4) == 0) {  // what the next channels will need
@@ -330,8 +330,8 @@ class TrainingBlock {
           sum1 = Isa::add(sum1, da);
           sum2 = Isa::multiply_add(da, Isa::sub(value, mean), sum2);
         }
-        Isa::store(s1 + channel, sum1);
-        Isa::store(s2 + channel, sum2);
+        add_to(s1 + channel, sum1);
+        add_to(s2 + channel, sum2);
       }
   }
 
@@ -488,7 +488,8 @@ class TrainingBlock {
   const bool shares_statistics_;
   Normalization norm1_, norm2_;
   Statistics statistics_;
-  Sums sums_, weight_sums_;
+  Sums<double> sums_;
+  Sums<float> weight_sums_;
   Buffer packed_, da_memory_;
   float* da_ = nullptr;
   const float* arriving_ = nullptr;    // what G holds so far: at first, the gradient of X
