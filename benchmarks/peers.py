@@ -163,13 +163,15 @@ def _truth(network: Network, batch: int, mode: str) -> tuple[nn.Module, list[Ten
     """The naive network, batches of photographs, and its logits of them in float64."""
     torch.manual_seed(0)
     model = network.build(NAIVE)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # running statistics are averages over what follows
+    norms = {module: module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
+    for norm in norms:
+        norm.momentum = None  # running statistics are averages over what follows
     batches = images.photographs(network.size, PARITY_BATCHES * batch).chunk(PARITY_BATCHES)
     with torch.no_grad():
         for few in images.photographs(network.size, _CALIBRATION_IMAGES).split(_CALIBRATION_BATCH):
             model(few)
+        for norm, momentum in norms.items():
+            norm.momentum = momentum
         exact = copy.deepcopy(model.train(mode == "training")).double()
         return model, list(batches), [exact(x.double()) for x in batches]
 
