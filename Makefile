@@ -27,7 +27,7 @@ $(PEERS): $(INSTALLED)
 bench-peers: $(PEERS)  ## inference on this CPU beside eager, torch.compile, OpenVINO, ONNX Runtime (about ten minutes)
 	$(BIN)/python -m fastdense.benchmarks.peers
 
-bench-training: $(INSTALLED)  ## the training step on this CPU beside eager, recomputation, torch.compile (about fifteen minutes)
+bench-training: $(INSTALLED)  ## the training step on this CPU beside eager, recomputation, torch.compile (about half an hour)
 	$(BIN)/python -m fastdense.benchmarks.peers --mode training
 
 plots: $(INSTALLED)  ## draw the plots again from the saved results
