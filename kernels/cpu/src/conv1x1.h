@@ -1,4 +1,4 @@
-// A 1x1 convolution of a strip of pixels, whose prologue is made in cache.
+// A 1x1 convolution of a strip of pixels, whose prologue is made in cache, and the same backwards.
 //
 // Included by each instruction set's file, inside its namespace, after its Isa.
 
@@ -44,6 +44,34 @@ inline void make_panels(const float* x, int64_t rows, int64_t columns, float* pa
       for (int64_t v = 0; v < width; v += Isa::kLanes)
         Isa::store(target + row * width + v, Isa::load(x + row * columns + panel + v));
     std::memset(target + rows * width, 0, (depth - rows) * width * sizeof(float));
+  }
+}
+
+inline constexpr int64_t kGradientStrip = 2 * Isa::kStrip;  // pixels at most that undo_multiply takes
+
+// A 1x1 convolution of a strip backwards, from dy [rows, k]. Called for some of its c input channels, from `start`,
+// use(start, width, dz, z, z_stride) takes their gradient dz [rows, width] and writes the input itself to z, rows
+// z_stride apart; from that the weight's gradient is added to weight_sum [c, k], unless it is null.
+template <class Word, class Use>
+void undo_multiply(const float* dy, int64_t rows, int64_t k, const float* packed, int64_t c, float* weight_sum,
+                   const Use& use) {
+  constexpr int64_t kChunk = 4 * Isa::kPanel;
+  constexpr int64_t z_stride = kChunk + Isa::kLanes;  // no power of two: a column would fall into few sets of the cache
+  const int64_t depth = round_up(rows, 4);
+  Scratch& scratch = Scratch::of_this_thread();
+  float* const z = scratch.z.get<float>(kGradientStrip * z_stride);
+  float* const dz = scratch.product.get<float>(kGradientStrip * kChunk);
+  float* const panels = scratch.gradient.get<float>(kGradientStrip * k);
+  if (weight_sum != nullptr) make_panels(dy, rows, k, panels, depth);
+  for (int64_t start = 0; start < c; start += kChunk) {
+    const int64_t width = std::min(kChunk, c - start);
+    gemm<Word>({reinterpret_cast<const Word*>(dy), k, rows},
+               {reinterpret_cast<const Word*>(packed + start * k), k, width, 0, k}, dz, false);
+    use(start, width, dz, z, z_stride);
+    if (weight_sum == nullptr) continue;
+    for (int64_t row = rows; row < depth; ++row) std::memset(z + row * z_stride, 0, width * sizeof(float));
+    add_gemm<Word>({reinterpret_cast<const Word*>(z), z_stride, width},
+                   {reinterpret_cast<const Word*>(panels), depth, k, 0, depth}, weight_sum + start * k);
   }
 }
 

@@ -87,6 +87,11 @@ class Normalization : public Affine {
   Buffer vectors_;
 };
 
+// p + q (x - mean): what flows to a norm's input through its batch's statistics.
+inline Vector through_statistics(Vector x, Vector mean, Vector p, Vector q) {
+  return Isa::multiply_add(Isa::sub(x, mean), q, p);
+}
+
 // z = relu(affine(x)) of `channels` channels of one pixel, and zeros up to `padded`.
 template <class Store, class Element>
 inline void affine_relu_row(const Store* x, const Affine& norm, int64_t channels, int64_t padded, Element* z) {

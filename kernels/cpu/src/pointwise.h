@@ -2,6 +2,13 @@
 //
 // Included by each instruction set's file, inside its namespace, after its Isa.
 
+// The first of the four pixels of a batch that the 2x2 pool makes its pixel `pooled` of.
+inline int64_t pooled_corner(int64_t pooled, int64_t height, int64_t width) {
+  const int64_t rows = height / 2, columns = width / 2;
+  const int64_t image = pooled / (rows * columns), i = pooled / columns % rows, j = pooled % columns;
+  return (image * height + 2 * i) * width + 2 * j;
+}
+
 // The average of relu(affine(x)) over four pixels, of kLanes channels or of those that exist.
 template <class Store>
 Vector average_2x2(const Store* corner, int64_t below, int64_t channels, int64_t c, const Affine& norm) {
@@ -28,9 +35,7 @@ void transition(const TransitionArgs& p, ParallelFor parallel_for) {
       const int64_t first = pixels * strip / strips, rows = pixels * (strip + 1) / strips - first;
       const float* const y = multiply_strip<Word>(
           rows, k, columns, p.conv, [&](int64_t row, int64_t start, int64_t depth, Element* z) {
-            const int64_t pixel = first + row, image = pixel / (height * width);
-            const int64_t i = pixel / width % height, j = pixel % width;
-            const Store* const corner = x + ((image * p.height + 2 * i) * p.width + 2 * j) * p.channels;
+            const Store* const corner = x + pooled_corner(first + row, p.height, p.width) * p.channels;
             for (int64_t c = 0; c < depth; c += Isa::kLanes)
               Isa::store(z + c, average_2x2(corner, p.width * p.channels, p.channels, start + c, norm));
           });

@@ -23,7 +23,6 @@ inline void norm_gradients(const Sums<double>& sums, const Normalization& norm, 
 template <class Store, class Dz>
 void norm_relu_backward(const PointwiseGradArgs& p, const Team& team, const Normalization& norm, const Dz& dz) {
   const int64_t c = p.channels, padded = round_up(c, Isa::kLanes), rows = p.images * p.height;
-  const int64_t slots = std::max<int64_t>(1, team.threads);
   const auto* const x = static_cast<const Store*>(p.x);
   const auto for_each = [&](int64_t row, const auto& use) {  // use(element, channel, how many exist, x, da)
     const int64_t image = row / p.height, y = row % p.height;
@@ -38,34 +37,31 @@ void norm_relu_backward(const PointwiseGradArgs& p, const Team& team, const Norm
   };
   prefer_huge_pages(p.dx, rows * p.width * c * sizeof(Store));
   Sums<double> sums;
-  sums.begin(slots, 2 * padded);
-  team.run(slots, [&](int64_t begin, int64_t end) {
+  sums.begin(team.threads, 2 * padded);
+  team.run_parts(team.threads, rows, [&](int64_t slot, int64_t begin, int64_t end) {
+    double* const sum = sums.clear(slot);
     float* const s1 = Scratch::of_this_thread().row.get<float>(2 * padded);  // of a row
     float* const s2 = s1 + padded;
-    for (int64_t slot = begin; slot < end; ++slot) {
-      double* const sum = sums.clear(slot);
-      for (int64_t row = rows * slot / slots; row < rows * (slot + 1) / slots; ++row) {
-        std::memset(s1, 0, 2 * padded * sizeof(float));
-        for_each(row, [&](int64_t, int64_t v, int64_t, Vector value, Vector da) {
-          const Vector centred = Isa::sub(value, Isa::load(norm.mean + v));
-          Isa::store(s1 + v, Isa::add(Isa::load(s1 + v), da));
-          Isa::store(s2 + v, Isa::multiply_add(da, centred, Isa::load(s2 + v)));
-        });
-        for (int64_t v = 0; v < 2 * padded; v += Isa::kLanes) add_to(sum + v, Isa::load(s1 + v));
-      }
+    for (int64_t row = begin; row < end; ++row) {
+      std::memset(s1, 0, 2 * padded * sizeof(float));
+      for_each(row, [&](int64_t, int64_t v, int64_t, Vector value, Vector da) {
+        const Vector centred = Isa::sub(value, Isa::load(norm.mean + v));
+        Isa::store(s1 + v, Isa::add(Isa::load(s1 + v), da));
+        Isa::store(s2 + v, Isa::multiply_add(da, centred, Isa::load(s2 + v)));
+      });
+      for (int64_t v = 0; v < 2 * padded; v += Isa::kLanes) add_to(sum + v, Isa::load(s1 + v));
     }
   });
   std::vector<float> through(2 * padded);
   float* const through_p = through.data();
   float* const through_q = through_p + padded;
   norm_gradients(sums, norm, rows * p.width, c, padded, p.norm_weight, p.norm_bias, through_p, through_q);
-  if (!p.batch) std::fill(through.begin(), through.end(), 0.f);
   team.run(rows, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       for_each(row, [&](int64_t at, int64_t v, int64_t exist, Vector value, Vector da) {
-        const Vector centred = Isa::sub(value, Isa::load(norm.mean + v));
         const Vector scaled = Isa::mul(da, Isa::load(norm.scale + v));
-        const Vector passed = Isa::multiply_add(centred, Isa::load(through_q + v), Isa::load(through_p + v));
+        const Vector passed = through_statistics(value, Isa::load(norm.mean + v), Isa::load(through_p + v),
+                                                 Isa::load(through_q + v));
         store_up_to(static_cast<Store*>(p.dx) + at, p.batch ? Isa::add(scaled, passed) : scaled, exist);
       });
   });
@@ -75,11 +71,10 @@ void norm_relu_backward(const PointwiseGradArgs& p, const Team& team, const Norm
 template <class Store, class Round>
 void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
   using Word = FloatWord;
-  constexpr int64_t kStrip = 2 * Isa::kStrip, kChunk = 4 * Isa::kPanel;
   const Team team{parallel_for, p.threads};
   const int64_t height = p.height / 2, width = p.width / 2, pixels = p.images * height * width;
   const int64_t c = p.channels, c_padded = padded<Word>(c), k = p.out_channels, k_padded = padded<Word>(k);
-  const int64_t slots = std::max<int64_t>(1, team.threads), strips = team.pieces(pixels, kStrip);
+  const int64_t strips = team.pieces(pixels, kGradientStrip);
   const auto* const x = static_cast<const Store*>(p.x);
   const auto* const grad_out = static_cast<const Round*>(p.grad_out);
   const Vector quarter = Isa::broadcast(.25f);
@@ -89,49 +84,28 @@ void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
   const float* const w = pack_in_parallel<Word>(transposed(p.conv), team, packed_memory);
   float* const dpooled = dpooled_memory.get<float>(pixels * c_padded);
   Sums<float> weight_sums;
-  weight_sums.begin(slots, p.conv_weight != nullptr ? c_padded * k_padded : 0);
+  weight_sums.begin(team.threads, p.conv_weight != nullptr ? c_padded * k_padded : 0);
 
-  team.run(slots, [&](int64_t begin, int64_t end) {
-    Scratch& scratch = Scratch::of_this_thread();
-    constexpr int64_t z_stride = kChunk + Isa::kLanes;
-    float* const z = scratch.z.get<float>(kStrip * z_stride);
-    float* const product = scratch.product.get<float>(kStrip * kChunk);
-    float* const dy = scratch.dy.get<float>(kStrip * k_padded);
-    float* const dy_panels = scratch.gradient.get<float>(kStrip * k_padded);
-    for (int64_t slot = begin; slot < end; ++slot) {
-      float* const weight_sum = p.conv_weight != nullptr ? weight_sums.clear(slot) : nullptr;
-      for (int64_t strip = strips * slot / slots; strip < strips * (slot + 1) / slots; ++strip) {
-        const int64_t first = pixels * strip / strips, rows = pixels * (strip + 1) / strips - first;
-        const int64_t depth = round_up(rows, 4);
-        for (int64_t row = 0; row < rows; ++row)
-          for (int64_t v = 0; v < k_padded; v += Isa::kLanes)
-            Isa::store(dy + row * k_padded + v, load_up_to(grad_out + (first + row) * k + v, k - v));
-        make_panels(dy, rows, k_padded, dy_panels, depth);
-        for (int64_t start = 0; start < c_padded; start += kChunk) {
-          const int64_t chunk = std::min(kChunk, c_padded - start);
-          gemm<Word>({reinterpret_cast<const Word*>(dy), k_padded, rows},
-                     {reinterpret_cast<const Word*>(w + start * k_padded), k_padded, chunk, 0, k_padded}, product, false);
-          for (int64_t row = 0; row < rows; ++row)
-            for (int64_t v = 0; v < chunk; v += Isa::kLanes)
-              Isa::store(dpooled + (first + row) * c_padded + start + v,
-                         Isa::mul(quarter, Isa::load(product + row * chunk + v)));
+  team.run_parts(team.threads, strips, [&](int64_t slot, int64_t begin, int64_t end) {
+    float* const weight_sum = p.conv_weight != nullptr ? weight_sums.clear(slot) : nullptr;
+    float* const dy = Scratch::of_this_thread().dy.get<float>(kGradientStrip * k_padded);
+    for (int64_t strip = begin; strip < end; ++strip) {
+      const int64_t first = pixels * strip / strips, rows = pixels * (strip + 1) / strips - first;
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t v = 0; v < k_padded; v += Isa::kLanes)
+          Isa::store(dy + row * k_padded + v, load_up_to(grad_out + (first + row) * k + v, k - v));
+      const auto use = [&](int64_t start, int64_t width, const float* dz, float* z, int64_t z_stride) {
+        for (int64_t row = 0; row < rows; ++row) {
+          float* const target = dpooled + (first + row) * c_padded + start;
+          for (int64_t v = 0; v < width; v += Isa::kLanes)
+            Isa::store(target + v, Isa::mul(quarter, Isa::load(dz + row * width + v)));
           if (weight_sum == nullptr) continue;
-          for (int64_t row = 0; row < depth; ++row) {
-            float* const target = z + row * z_stride;
-            if (row >= rows) {
-              std::memset(target, 0, chunk * sizeof(float));
-              continue;
-            }
-            const int64_t at = first + row, image = at / (height * width), i = at / width % height, j = at % width;
-            const Store* const corner = x + ((image * p.height + 2 * i) * p.width + 2 * j) * c;
-            for (int64_t v = 0; v < chunk; v += Isa::kLanes)
-              Isa::store(target + v, average_2x2(corner, p.width * c, c, start + v, norm));
-          }
-          add_gemm<Word>({reinterpret_cast<const Word*>(z), z_stride, chunk},
-                         {reinterpret_cast<const Word*>(dy_panels), depth, k_padded, 0, depth},
-                         weight_sum + start * k_padded);
+          const Store* const corner = x + pooled_corner(first + row, p.height, p.width) * c;
+          for (int64_t v = 0; v < width; v += Isa::kLanes)
+            Isa::store(z + row * z_stride + v, average_2x2(corner, p.width * c, c, start + v, norm));
         }
-      }
+      };
+      undo_multiply<Word>(dy, rows, k_padded, w, c_padded, weight_sum, use);
     }
   });
   if (p.conv_weight != nullptr) transpose_sums(weight_sums, k_padded, k, c, team, p.conv_weight);

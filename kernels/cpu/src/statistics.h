@@ -124,12 +124,11 @@ void channel_stats(const StatsArgs& p, ParallelFor parallel_for) {
   const int64_t tiles = ceil_div(p.rows, kTile), segments = std::min(tiles, Statistics::kSegments);
   Statistics statistics;
   statistics.begin(segments, p.channels);
-  team.run(segments, [&](int64_t begin, int64_t end) {
-    for (int64_t segment = begin; segment < end; ++segment)
-      for (int64_t tile = tiles * segment / segments; tile < tiles * (segment + 1) / segments; ++tile) {
-        const int64_t first = tile * kTile, rows = std::min(kTile, p.rows - first);
-        statistics.add(segment, static_cast<const Store*>(p.x) + first * p.channels, rows, p.channels);
-      }
+  team.run_parts(segments, tiles, [&](int64_t segment, int64_t begin, int64_t end) {
+    for (int64_t first = begin * kTile; first < std::min(end * kTile, p.rows); first += kTile) {
+      const int64_t rows = std::min(kTile, p.rows - first);
+      statistics.add(segment, static_cast<const Store*>(p.x) + first * p.channels, rows, p.channels);
+    }
   });
   statistics.finish(p.mean, p.var);
 }

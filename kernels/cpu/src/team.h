@@ -23,6 +23,14 @@ struct Team {
     if (parallel_for(0, n, 1, call, const_cast<F*>(&f)) != 0) throw std::runtime_error("a parallel loop failed");
   }
 
+  // f(part, begin, end) for each of `parts` parts of [0, n), as equal as can be.
+  template <class F>
+  void run_parts(int64_t parts, int64_t n, const F& f) const {
+    run(parts, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part) f(part, n * part / parts, n * (part + 1) / parts);
+    });
+  }
+
   // How many pieces of about `size` to cut n into, so that every thread gets as many.
   int64_t pieces(int64_t n, int64_t size) const {
     const int64_t each = (n + size * threads - 1) / (size * threads);

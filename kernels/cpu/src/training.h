@@ -55,10 +55,8 @@ template <class Store, class Round>
 class TrainingBlock {
   using Word = FloatWord;
   using Place = Windows::Place;
-  static constexpr int64_t kStrip = Isa::kStrip;           // pixels of a forward's strip
-  static constexpr int64_t kGradientStrip = 2 * Isa::kStrip;
-  static constexpr int64_t kChunk = 4 * Isa::kPanel;       // channels whose gradients are made at once
-  static constexpr int64_t kTiles = 2 * Isa::kRows;        // Winograd's tiles that are transformed at once
+  static constexpr int64_t kStrip = Isa::kStrip;      // pixels of a forward's strip
+  static constexpr int64_t kTiles = 2 * Isa::kRows;  // Winograd's tiles that are transformed at once
 
  public:
   TrainingBlock(const TrainingArgs& args, ParallelFor parallel_for)
@@ -121,15 +119,14 @@ class TrainingBlock {
     const int64_t c0 = p_.input_channels;
     const int64_t tiles = ceil_div(pixels_, kTile), segments = std::min(tiles, Statistics::kSegments);
     statistics_.begin(segments, c0);
-    team_.run(segments, [&](int64_t begin, int64_t end) {
-      for (int64_t segment = begin; segment < end; ++segment)
-        for (int64_t tile = tiles * segment / segments; tile < tiles * (segment + 1) / segments; ++tile) {
-          const int64_t first = tile * kTile, rows = std::min(kTile, pixels_ - first);
-          const Store* const x = static_cast<const Store*>(p_.x) + first * c0;
-          for (int64_t row = 0; row < rows; ++row)
-            std::memcpy(static_cast<void*>(x_ + (first + row) * channels_), x + row * c0, c0 * sizeof(Store));
-          if (shares_statistics_) statistics_.add(segment, x, rows, c0);
-        }
+    team_.run_parts(segments, tiles, [&](int64_t segment, int64_t begin, int64_t end) {
+      for (int64_t first = begin * kTile; first < std::min(end * kTile, pixels_); first += kTile) {
+        const int64_t rows = std::min(kTile, pixels_ - first);
+        const Store* const x = static_cast<const Store*>(p_.x) + first * c0;
+        for (int64_t row = 0; row < rows; ++row)
+          std::memcpy(static_cast<void*>(x_ + (first + row) * channels_), x + row * c0, c0 * sizeof(Store));
+        if (shares_statistics_) statistics_.add(segment, x, rows, c0);
+      }
     });
     if (shares_statistics_) statistics_.finish(p_.mean, p_.var);
   }
@@ -142,21 +139,20 @@ class TrainingBlock {
     const float* const w = pack_in_parallel<Word>(layer.conv1, team_, packed_);
     const int64_t strips = team_.pieces(pixels_, kStrip), segments = std::min(strips, Statistics::kSegments);
     statistics_.begin(segments, hidden_);
-    team_.run(segments, [&](int64_t begin, int64_t end) {
-      for (int64_t segment = begin; segment < end; ++segment)
-        for (int64_t strip = strips * segment / segments; strip < strips * (segment + 1) / segments; ++strip) {
-          const int64_t first = pixels_ * strip / strips, rows = pixels_ * (strip + 1) / strips - first;
-          const Store* const x = x_ + first * channels_;
-          float* const product = multiply_strip<Word>(
-              rows, padded<Word>(c), hidden_padded_, w, [&](int64_t row, int64_t start, int64_t depth, float* z) {
-                affine_relu_row(x + row * channels_ + start, norm1_.from(start), std::min(depth, c - start), depth, z);
-              });
-          for (int64_t row = 0; row < rows; ++row) {
-            drop(product + row * hidden_padded_, layer.bottleneck_mask, first + row, hidden_);
-            store_row<Round>(product + row * hidden_padded_, hidden_, h + (first + row) * hidden_);
-          }
-          if (with_statistics) statistics_.add(segment, h + first * hidden_, rows, hidden_);
+    team_.run_parts(segments, strips, [&](int64_t segment, int64_t begin, int64_t end) {
+      for (int64_t strip = begin; strip < end; ++strip) {
+        const int64_t first = pixels_ * strip / strips, rows = pixels_ * (strip + 1) / strips - first;
+        const Store* const x = x_ + first * channels_;
+        float* const product = multiply_strip<Word>(
+            rows, padded<Word>(c), hidden_padded_, w, [&](int64_t row, int64_t start, int64_t depth, float* z) {
+              affine_relu_row(x + row * channels_ + start, norm1_.from(start), std::min(depth, c - start), depth, z);
+            });
+        for (int64_t row = 0; row < rows; ++row) {
+          drop(product + row * hidden_padded_, layer.bottleneck_mask, first + row, hidden_);
+          store_row<Round>(product + row * hidden_padded_, hidden_, h + (first + row) * hidden_);
         }
+        if (with_statistics) statistics_.add(segment, h + first * hidden_, rows, hidden_);
+      }
     });
     if (with_statistics) statistics_.finish(p_.bottleneck_mean + i * hidden_, p_.bottleneck_var + i * hidden_);
   }
@@ -169,22 +165,21 @@ class TrainingBlock {
     Store* const y = x_ + channels(i);
     const int64_t segments = std::min(windows_.count(), Statistics::kSegments);
     statistics_.begin(segments, p_.growth_rate);
-    team_.run(segments, [&](int64_t begin, int64_t end) {
-      for (int64_t segment = begin; segment < end; ++segment)
-        for (int64_t n = windows_.count() * segment / segments; n < windows_.count() * (segment + 1) / segments; ++n) {
-          const Place place = windows_[n];
-          const Window<Word> window = padded_window(place, padded<Word>(c));
-          const float* const u = make_u(place, window, source, stride, c, norm);
-          convolve_in_parts(window, u, w, growth_padded_, [&](int64_t image, int64_t row, float* values) {
-            const int64_t first = pixel(place, image, row);
-            for (int64_t j = 0; j < p_.width; ++j) {
-              drop(values + j * growth_padded_, layer.growth_mask, first + j, p_.growth_rate);
-              store_row<Round>(values + j * growth_padded_, p_.growth_rate, y + (first + j) * channels_);
-            }
-          });
-          if (shares_statistics_)
-            statistics_.add(segment, y + pixel(place, 0, 0) * channels_, window.rows() * p_.width, channels_);
-        }
+    team_.run_parts(segments, windows_.count(), [&](int64_t segment, int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        const Place place = windows_[n];
+        const Window<Word> window = padded_window(place, padded<Word>(c));
+        const float* const u = make_u(place, window, source, stride, c, norm);
+        convolve_in_parts(window, u, w, growth_padded_, [&](int64_t image, int64_t row, float* values) {
+          const int64_t first = pixel(place, image, row);
+          for (int64_t j = 0; j < p_.width; ++j) {
+            drop(values + j * growth_padded_, layer.growth_mask, first + j, p_.growth_rate);
+            store_row<Round>(values + j * growth_padded_, p_.growth_rate, y + (first + j) * channels_);
+          }
+        });
+        if (shares_statistics_)
+          statistics_.add(segment, y + pixel(place, 0, 0) * channels_, window.rows() * p_.width, channels_);
+      }
     });
     if (shares_statistics_) statistics_.finish(p_.mean + channels(i), p_.var + channels(i));
   }
@@ -199,31 +194,29 @@ class TrainingBlock {
     const bool wants_weight = layer.conv3_weight != nullptr;
     const float* const w = pack_in_parallel<Word>(transposed(layer.conv3), team_, packed_);
     if (hidden_ > 0) da_ = da_memory_.get<float>(pixels_ * hidden_padded_);
-    sums_.begin(slots(), 2 * c_padded);
-    if (wants_weight) weight_sums_.begin(slots(), 16 * c_padded * k);
-    team_.run(slots(), [&](int64_t begin, int64_t end) {
-      for (int64_t slot = begin; slot < end; ++slot) {
-        double* const s1 = sums_.clear(slot);
-        double* const s2 = s1 + c_padded;
-        float* const weight_sum = wants_weight ? weight_sums_.clear(slot) : nullptr;
-        for (int64_t n = windows_.count() * slot / slots(); n < windows_.count() * (slot + 1) / slots(); ++n) {
-          const Place place = windows_[n];
-          const Window<Word> dy_window = padded_window(place, k), u_window = padded_window(place, c_padded);
-          const float* const dy = make_dy(i, place, dy_window);
-          convolve_in_parts(dy_window, dy, w, c_padded, [&](int64_t image, int64_t row, const float* du) {
-            const int64_t first = pixel(place, image, row);
-            const Source* const x = source + first * stride;
-            if (hidden_ > 0)
-              mask_row(x, stride, c, norm, du, c_padded, s1, s2, [&](int64_t at, int64_t channel, Vector da, int64_t) {
-                Isa::store(da_ + (first + at) * hidden_padded_ + channel, da);
-              });
-            else
-              mask_row(x, stride, c, norm, du, c_padded, s1, s2, gather(norm, first));
-          });
-          if (wants_weight) {
-            const float* const u = make_u(place, u_window, source, stride, c, norm);
-            add_weight_gradient(u_window, u, dy_window, dy, weight_sum);
-          }
+    sums_.begin(team_.threads, 2 * c_padded);
+    if (wants_weight) weight_sums_.begin(team_.threads, 16 * c_padded * k);
+    team_.run_parts(team_.threads, windows_.count(), [&](int64_t slot, int64_t begin, int64_t end) {
+      double* const s1 = sums_.clear(slot);
+      double* const s2 = s1 + c_padded;
+      float* const weight_sum = wants_weight ? weight_sums_.clear(slot) : nullptr;
+      for (int64_t n = begin; n < end; ++n) {
+        const Place place = windows_[n];
+        const Window<Word> dy_window = padded_window(place, k), u_window = padded_window(place, c_padded);
+        const float* const dy = make_dy(i, place, dy_window);
+        convolve_in_parts(dy_window, dy, w, c_padded, [&](int64_t image, int64_t row, const float* du) {
+          const int64_t first = pixel(place, image, row);
+          const Source* const x = source + first * stride;
+          if (hidden_ > 0)
+            mask_row(x, stride, c, norm, du, c_padded, s1, s2, [&](int64_t at, int64_t channel, Vector da, int64_t) {
+              Isa::store(da_ + (first + at) * hidden_padded_ + channel, da);
+            });
+          else
+            mask_row(x, stride, c, norm, du, c_padded, s1, s2, gather(norm, first));
+        });
+        if (wants_weight) {
+          const float* const u = make_u(place, u_window, source, stride, c, norm);
+          add_weight_gradient(u_window, u, dy_window, dy, weight_sum);
         }
       }
     });
@@ -268,38 +261,21 @@ class TrainingBlock {
     const int64_t c = channels(i), c_padded = padded<Word>(c);
     const bool wants_weight = layer.conv1_weight != nullptr;
     const float* const w = pack_in_parallel<Word>(transposed(layer.conv1), team_, packed_);
-    sums_.begin(slots(), 2 * c_padded);
-    if (wants_weight) weight_sums_.begin(slots(), c_padded * hidden_padded_);
+    sums_.begin(team_.threads, 2 * c_padded);
+    if (wants_weight) weight_sums_.begin(team_.threads, c_padded * hidden_padded_);
     const int64_t strips = team_.pieces(pixels_, kGradientStrip);
-    team_.run(slots(), [&](int64_t begin, int64_t end) {
-      Scratch& scratch = Scratch::of_this_thread();
-      constexpr int64_t z_stride = kChunk + Isa::kLanes;  // no power of two: a column would fall into few sets
-      float* const z = scratch.z.get<float>(kGradientStrip * z_stride);
-      float* const dz = scratch.product.get<float>(kGradientStrip * kChunk);
-      for (int64_t slot = begin; slot < end; ++slot) {
-        double* const s1 = sums_.clear(slot);
-        double* const s2 = s1 + c_padded;
-        float* const weight_sum = wants_weight ? weight_sums_.clear(slot) : nullptr;
-        for (int64_t strip = strips * slot / slots(); strip < strips * (slot + 1) / slots(); ++strip) {
-          const int64_t first = pixels_ * strip / strips, rows = pixels_ * (strip + 1) / strips - first;
-          const int64_t depth = round_up(rows, 4);
-          float* const dh = scratch.dy.get<float>(kGradientStrip * hidden_padded_);
-          float* const dh_panels = scratch.gradient.get<float>(kGradientStrip * hidden_padded_);
-          make_dh(layer, first, rows, dh, dh_panels, depth);
-          for (int64_t start = 0; start < c_padded; start += kChunk) {
-            const int64_t width = std::min(kChunk, c_padded - start);
-            gemm<Word>({reinterpret_cast<const Word*>(dh), hidden_padded_, rows},
-                       {reinterpret_cast<const Word*>(w + start * hidden_padded_), hidden_padded_, width, 0,
-                        hidden_padded_},
-                       dz, false);
-            undo_norm1(first, rows, start, width, c, dz, z, z_stride, s1, s2);
-            if (!wants_weight) continue;
-            for (int64_t row = rows; row < depth; ++row) std::memset(z + row * z_stride, 0, width * sizeof(float));
-            add_gemm<Word>({reinterpret_cast<const Word*>(z), z_stride, width},
-                           {reinterpret_cast<const Word*>(dh_panels), depth, hidden_padded_, 0, depth},
-                           weight_sum + start * hidden_padded_);
-          }
-        }
+    team_.run_parts(team_.threads, strips, [&](int64_t slot, int64_t begin, int64_t end) {
+      double* const s1 = sums_.clear(slot);
+      double* const s2 = s1 + c_padded;
+      float* const weight_sum = wants_weight ? weight_sums_.clear(slot) : nullptr;
+      float* const dh = Scratch::of_this_thread().dy.get<float>(kGradientStrip * hidden_padded_);
+      for (int64_t strip = begin; strip < end; ++strip) {
+        const int64_t first = pixels_ * strip / strips, rows = pixels_ * (strip + 1) / strips - first;
+        make_dh(layer, first, rows, dh);
+        undo_multiply<Word>(dh, rows, hidden_padded_, w, c_padded, weight_sum,
+                            [&](int64_t start, int64_t width, const float* dz, float* z, int64_t z_stride) {
+                              undo_norm1(first, rows, start, width, c, dz, z, z_stride, s1, s2);
+                            });
       }
     });
     finish_norm(norm1_, c, c_padded, layer.norm1_weight, layer.norm1_bias);
@@ -335,8 +311,8 @@ class TrainingBlock {
       }
   }
 
-  // The gradient of h, of some pixels: in rows, and in panels as the right side of a multiply.
-  void make_dh(const TrainingLayer& layer, int64_t first, int64_t rows, float* dh, float* panels, int64_t depth) {
+  // The gradient of h, of some pixels.
+  void make_dh(const TrainingLayer& layer, int64_t first, int64_t rows, float* dh) {
     const auto* const h = static_cast<const Round*>(layer.bottleneck);
     const float* const p = own_through_.data();
     const float* const q = p + hidden_padded_;
@@ -345,14 +321,12 @@ class TrainingBlock {
       const int64_t at = first + row;
       for (int64_t v = 0; v < hidden_padded_; v += Isa::kLanes) {
         const Vector scaled = Isa::mul(Isa::load(da_ + at * hidden_padded_ + v), Isa::load(norm2_.scale + v));
-        const Vector centred =
-            Isa::sub(load_up_to(h + at * hidden_ + v, hidden_ - v), Isa::load(norm2_.mean + v));
-        const Vector through = Isa::multiply_add(centred, Isa::load(q + v), Isa::load(p + v));
+        const Vector through = through_statistics(load_up_to(h + at * hidden_ + v, hidden_ - v),
+                                                  Isa::load(norm2_.mean + v), Isa::load(p + v), Isa::load(q + v));
         Isa::store(target + v, layer.batch2 ? Isa::add(scaled, through) : scaled);
       }
       drop(target, layer.bottleneck_mask, at, hidden_);
     }
-    make_panels(dh, rows, hidden_padded_, panels, depth);
   }
 
   void make_dx() {
@@ -373,10 +347,10 @@ class TrainingBlock {
     const float* const p = through_.data() + channel;
     const float* const q = p + through_.size() / 2;
     const Vector x = load_up_to(x_ + at * channels_ + channel, exist);
-    const Vector centred = Isa::sub(x, load_up_to(p_.mean + channel, exist));
     const Vector g = load_up_to(arriving_ + at * channels_ + channel, exist);
-    const Vector full = Isa::add(g, Isa::multiply_add(centred, load_up_to(q, exist), load_up_to(p, exist)));
-    return shares_statistics_ ? full : g;
+    const Vector through =
+        through_statistics(x, load_up_to(p_.mean + channel, exist), load_up_to(p, exist), load_up_to(q, exist));
+    return shares_statistics_ ? Isa::add(g, through) : g;
   }
 
   // The gradients of the norm at hand; what its statistics let through goes to `own_through_`.
@@ -413,8 +387,6 @@ class TrainingBlock {
   }
 
   // -- what both share ------------------------------------------------------------------------------------------
-
-  int64_t slots() const { return std::max<int64_t>(1, team_.threads); }
 
   // The pixel, of all the batch's, at the left of a row of a window.
   int64_t pixel(const Place& place, int64_t image, int64_t row) const {
