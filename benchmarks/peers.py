@@ -188,11 +188,7 @@ def _times(
         return time.perf_counter() - start
 
     warm = sum(_SETTLE + clock(name) for name in runs)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    with rounds.no_garbage_collection():
-        for name in rounds.turns(list(runs), repeats or rounds.how_many(seconds, warm)):
-            times[name].append(clock(name))
-    return times
+    return rounds.interleaved(list(runs), repeats or rounds.how_many(seconds, warm), clock)
 
 
 def _timing(seconds: list[float], fast: list[float], batch: int) -> Row:
@@ -293,8 +289,7 @@ def show(results: Row, paths: Sequence[Path]) -> None:
 
 
 def _table(mode: str, rows: list[Row]) -> Table:
-    what = {"inference": "Inference", "training": "A training step"}[mode]
-    table = empty_table(f"{what}, ms: medians of interleaved rounds", "network", "contender")
+    table = empty_table(f"{PEER_MODES[mode]}, ms: medians of interleaved rounds", "network", "contender")
     for column in ("ms", "quartiles", "per image", "over fastdense", "first call, s", "error"):
         table.add_column(column, justify="right")
     for _, case in itertools.groupby(rows, key=lambda row: [row[key] for key in ("title", "batch", "dtype")]):

@@ -29,6 +29,7 @@ from .runtimes import (
     FASTDENSE_RECOMPUTING,
     ONNXRUNTIME,
     OPENVINO,
+    PEER_MODES,
     RECOMPUTING,
     RUNTIMES,
 )
@@ -177,8 +178,9 @@ def _peers(mode: str, rows: list[Row], environment: Row) -> Figure:
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     groups = list(dict.fromkeys((row["title"], row["batch"]) for row in rows))
     contenders = [runtime.name for runtime in RUNTIMES if mode in runtime.modes]
-    what = {"inference": "Inference", "training": "A training step"}[mode]
-    figure = _figure(14, 2.2 + 1.4 * len(groups), f"{what} beside its peers: shorter is better", environment)
+    figure = _figure(
+        14, 2.2 + 1.4 * len(groups), f"{PEER_MODES[mode]} beside its peers: shorter is better", environment
+    )
     for axes, dtype in zip(figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0], dtypes, strict=True):
         axes.set_title(dtype)
         for place, (network, batch) in enumerate(groups):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -21,6 +21,15 @@ def turns(names: list[str], rounds: int) -> Iterator[str]:
     for i in range(rounds):
         first = i % len(names)
         yield from names[first:] + names[:first]
+
+
+def interleaved(names: list[str], rounds: int, clock: Callable[[str], float]) -> dict[str, list[float]]:
+    """What ``clock`` says of each contender, round by round."""
+    times: dict[str, list[float]] = {name: [] for name in names}
+    with no_garbage_collection():
+        for name in turns(names, rounds):
+            times[name].append(clock(name))
+    return times
 
 
 def spread(what: str, values: list[float]) -> dict[str, float]:

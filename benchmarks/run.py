@@ -176,10 +176,7 @@ def _step_times(cases: list[MemoryCase]) -> list[Row]:
 
     for name in workloads:
         clock(name)
-    times: dict[str, list[float]] = {name: [] for name in workloads}
-    with rounds.no_garbage_collection():
-        for name in rounds.turns(list(workloads), _GROWTH_ROUNDS):
-            times[name].append(clock(name))
+    times = rounds.interleaved(list(workloads), _GROWTH_ROUNDS, clock)
     return [rounds.spread("step_ms", times[name]) for name in workloads]
 
 

@@ -23,7 +23,8 @@ import fastdense
 
 from .cases import DTYPES
 
-PEER_MODES = ("inference", "training")
+PEER_MODES = {"inference": "Inference", "training": "A training step"}
+"""What is timed: its name and its title."""
 
 Run = Callable[[Tensor], Any]
 """[N, 3, H, W] in the runtime's memory format -> logits [N, classes], a tensor or an array. In training, of a step:
@@ -40,7 +41,7 @@ class Runtime:
     memory_format: torch.memory_format = torch.contiguous_format
     packages: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = tuple(DTYPES)
-    modes: tuple[str, ...] = PEER_MODES
+    modes: tuple[str, ...] = tuple(PEER_MODES)
     first_call_s: float = 1.0
     """About how long building it and the first call take on two cores."""
 

@@ -43,8 +43,16 @@ class Norms:
         dtype: the number of the dtype of all their vectors: their own where it is common to all, else float32.
     """
 
-    def __init__(self, norms: Sequence[Norm], dtype: torch.dtype | None = None):
-        columns = [[getattr(norm, name) for norm in norms] for name in ("weight", "bias", "mean", "var")]
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        means: Sequence[Tensor],
+        variances: Sequence[Tensor],
+        eps: Sequence[float],
+        dtype: torch.dtype | None = None,
+    ):
+        columns = [weights, biases, means, variances]
         if dtype is None:
             dtypes = {vector.dtype for vectors in columns for vector in vectors}
             dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
@@ -56,7 +64,15 @@ class Norms:
         ]
         self.dtype = DTYPES[dtype]
         addresses = [[vector.data_ptr() for vector in vectors] for vectors in self._columns]
-        self.array = (NormArgs * len(norms))(*map(NormArgs, *addresses, [norm.eps for norm in norms]))
+        self.array = (NormArgs * len(eps))(*map(NormArgs, *addresses, eps))
+
+    @staticmethod
+    def of(norms: Sequence[Norm], dtype: torch.dtype | None = None) -> Norms:
+        """Of the contract's norms."""
+        weights, biases, means, variances = (
+            [getattr(norm, name) for norm in norms] for name in ("weight", "bias", "mean", "var")
+        )
+        return Norms(weights, biases, means, variances, [norm.eps for norm in norms], dtype)
 
     def array_from(self, start: int) -> Array[NormArgs] | None:
         """The norms from ``start`` on; ``None`` where there are none."""

@@ -22,27 +22,23 @@ from .packing import packed
 def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) -> Tensor:
     """Forward with running statistics: X alone, [N, C_L, H, W]."""
     library = loaded()
-    n, c0, h, w = x.shape
+    n, _, h, w = x.shape
     store = torch.promote_types(x.dtype, dtype)
     source = pixels(x, store)
     out = empty_channels_last((n, layers.output_channels, h, w), store, x.device)
     weights = packed(library, layers.conv1_weight + layers.conv2_weight, dtype)
     first, second = weights[: layers.num_layers], weights[layers.num_layers :]
-    unread = zero_stats((0,), store, x.device)
     norms = Norms(
-        [layers.norm1(layer, unread) for layer in range(layers.num_layers)]
-        + [layers.norm2(layer, unread) for layer in range(len(layers.norm2_weight))]
+        layers.norm1_weight + layers.norm2_weight,
+        layers.norm1_bias + layers.norm2_bias,
+        layers.norm1_running_mean + layers.norm2_running_mean,
+        layers.norm1_running_var + layers.norm2_running_var,
+        layers.norm1_eps + layers.norm2_eps,
     )
     library.run(
         "dense_block",
         DenseBlockArgs(
-            images=n,
-            height=h,
-            width=w,
-            input_channels=c0,
-            growth_rate=layers.growth_rate,
-            bottleneck_channels=layers.bottleneck_channels,
-            layers=layers.num_layers,
+            **_geometry(out, layers),
             x=source.data_ptr(),
             out=out.data_ptr(),
             norm1=norms.array,
@@ -97,14 +93,15 @@ def dense_block_backward(
     reached2 = reached if layers.has_bottleneck else []
     conv1 = [a and b for a, b in zip(needs.conv1, reached, strict=True)]
     conv2 = [a and b for a, b in zip(needs.conv2, reached2, strict=True)]
-    gradients = [
-        training.gradients("norm1_weight", layers.norm1_weight, reached),
-        training.gradients("norm1_bias", layers.norm1_bias, reached),
-        training.gradients("conv1_weight" if layers.has_bottleneck else "conv3_weight", layers.conv1_weight, conv1),
-        training.gradients("norm2_weight", layers.norm2_weight, reached2),
-        training.gradients("norm2_bias", layers.norm2_bias, reached2),
-        training.gradients("conv3_weight", layers.conv2_weight, conv2),
+    wanted = [
+        ("norm1_weight", layers.norm1_weight, reached),
+        ("norm1_bias", layers.norm1_bias, reached),
+        ("conv1_weight" if layers.has_bottleneck else "conv3_weight", layers.conv1_weight, conv1),
+        ("norm2_weight", layers.norm2_weight, reached2),
+        ("norm2_bias", layers.norm2_bias, reached2),
+        ("conv3_weight", layers.conv2_weight, conv2),
     ]
+    gradients = [training.gradients(*each) for each in wanted]
     training.run(
         "training_backward",
         grad_out=source.data_ptr(),
@@ -114,17 +111,27 @@ def dense_block_backward(
         first_layer=first_layer,
         keeps_bottlenecks=keeps_bottlenecks,
     )
-    parameters = (
-        layers.norm1_weight, layers.norm1_bias, layers.conv1_weight,
-        layers.norm2_weight, layers.norm2_bias, layers.conv2_weight,
-    )  # fmt: skip
     return DenseBlockGrads(
         dx,
         *(
-            [laid_out_as(g, p) if g.numel() else cast(g, p.dtype) for g, p in zip(made, of, strict=True)]
-            for made, of in zip(gradients, parameters, strict=True)
+            [laid_out_as(g, p) if g.numel() else cast(g, p.dtype) for g, p in zip(made, parameters, strict=True)]
+            for made, (_, parameters, _) in zip(gradients, wanted, strict=True)
         ),
     )
+
+
+def _geometry(out: Tensor, layers: DenseLayers) -> dict[str, int]:
+    """What ``DenseBlockArgs`` and ``TrainingArgs`` begin with."""
+    n, _, h, w = out.shape
+    return {
+        "images": n,
+        "height": h,
+        "width": w,
+        "input_channels": layers.input_channels,
+        "growth_rate": layers.growth_rate,
+        "bottleneck_channels": layers.bottleneck_channels,
+        "layers": layers.num_layers,
+    }
 
 
 def _bottlenecks(like: Tensor, layers: DenseLayers, dtype: torch.dtype, count: int) -> list[Tensor]:
@@ -145,7 +152,7 @@ class _Training:
             layers.norm2(i, ChannelStats(output.bottleneck_mean[i], output.bottleneck_var[i]))
             for i in range(len(layers.norm2_weight))
         ]
-        self._norm1, self._norm2 = Norms(norm1, torch.float32), Norms(norm2, torch.float32)
+        self._norm1, self._norm2 = Norms.of(norm1, torch.float32), Norms.of(norm2, torch.float32)
         self._conv1, self._conv3 = Weights(layers.conv1_weight), Weights(layers.growth_weight)
         self._masks = [
             [mask.permute(0, 2, 3, 1).contiguous() for mask in masks]
@@ -162,15 +169,8 @@ class _Training:
             for field, masks in zip(("bottleneck_mask", "growth_mask"), self._masks, strict=True):
                 if masks:
                     setattr(args, field, masks[i].data_ptr())
-        n, _, h, w = output.out.shape
         self._args = TrainingArgs(
-            images=n,
-            height=h,
-            width=w,
-            input_channels=layers.input_channels,
-            growth_rate=layers.growth_rate,
-            bottleneck_channels=layers.bottleneck_channels,
-            layers=num_layers,
+            **_geometry(output.out, layers),
             out=output.out.data_ptr(),
             layer=self._layers,
             mean=output.mean.data_ptr(),

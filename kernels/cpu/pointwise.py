@@ -35,7 +35,7 @@ def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Ten
     """[N, C, H, W], [C', C, 1, 1] -> [N, C', H//2, W//2] of ``dtype``, channels-last."""
     library = loaded()
     n, c, h, w = x.shape
-    source, norms = pixels(x, x.dtype), Norms([norm])
+    source, norms = pixels(x, x.dtype), Norms.of([norm])
     out = empty_channels_last((n, len(weight), h // 2, w // 2), dtype, x.device)
     (conv,) = packed(library, [weight], dtype)
     library.run(
@@ -104,7 +104,7 @@ def head_backward(grad_out: Tensor, x: Tensor, norm: Norm) -> NormGrads:
 
 def _pool(name: str, x: Tensor, norm: Norm, out: Tensor) -> None:
     n, c, h, w = x.shape
-    source, norms = pixels(x, x.dtype), Norms([norm])
+    source, norms = pixels(x, x.dtype), Norms.of([norm])
     loaded().run(
         name,
         PoolArgs(
@@ -123,7 +123,7 @@ def _pool(name: str, x: Tensor, norm: Norm, out: Tensor) -> None:
 
 def _backward(name: str, grad_out: Tensor, x: Tensor, norm: Norm, **others: object) -> NormGrads:
     n, c, h, w = x.shape
-    source, norms = pixels(x, x.dtype), Norms([norm], torch.float32)
+    source, norms = pixels(x, x.dtype), Norms.of([norm], torch.float32)
     dx = empty_channels_last((n, c, h, w), x.dtype, x.device)
     dweight, dbias = (x.new_empty(c, dtype=torch.float32) for _ in range(2))
     loaded().run(
