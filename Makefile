@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: help install bench bench-peers bench-training plots kernel-report gpu-check tune test lint format clean
+.PHONY: help install bench bench-peers plots figures docs-numbers kernel-report gpu-check tune test lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -17,21 +17,24 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard kernels/cpu/src/*)
 	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -e '.[dev]'
 	touch $@
 
-bench: $(INSTALLED)  ## fast against naive: parity, speed, memory, plots (about five minutes)
+bench: $(INSTALLED)  ## fast against naive: parity, speed, memory, plots, a report (five to ten minutes)
 	$(BIN)/fastdense bench
 
 $(PEERS): $(INSTALLED)
 	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -e '.[peers]'
 	touch $@
 
-bench-peers: $(PEERS)  ## inference on this CPU beside eager, torch.compile, OpenVINO, ONNX Runtime (about ten minutes)
-	$(BIN)/python -m fastdense.benchmarks.peers
-
-bench-training: $(INSTALLED)  ## the training step on this CPU beside eager, recomputation, torch.compile (about half an hour)
-	$(BIN)/python -m fastdense.benchmarks.peers --mode training
+bench-peers: $(PEERS)  ## beside torch.compile, OpenVINO, ONNX Runtime, timm, MONAI (a quarter of an hour)
+	$(BIN)/fastdense bench --suite peers
 
 plots: $(INSTALLED)  ## draw the plots again from the saved results
 	$(BIN)/python -m fastdense.benchmarks.plots
+
+figures: $(INSTALLED)  ## draw the figures of docs/
+	$(BIN)/python -m fastdense.benchmarks.figures
+
+docs-numbers: $(INSTALLED)  ## write the numbers of README and docs/ anew, from the saved results
+	$(BIN)/python -m fastdense.benchmarks.numbers
 
 kernel-report: $(INSTALLED)  ## compile the Triton kernels for four GPU generations: registers, spills, predicted time
 	$(BIN)/python -m fastdense.benchmarks.kernel_report
@@ -43,7 +46,7 @@ tune: $(INSTALLED)  ## on a GPU: write its kernels/tuned/<gpu>.json
 	$(BIN)/python -m fastdense.benchmarks.tune
 
 test: $(INSTALLED)  ## everything that can run on this machine
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist loadgroup
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

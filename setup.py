@@ -49,7 +49,11 @@ setup(
         "fastdense.benchmarks": "benchmarks",
     },
     include_package_data=False,  # the sources of the CPU kernels stay behind
-    package_data={"fastdense": ["py.typed"], "fastdense.kernels": ["tuned/*.json"]},
+    package_data={
+        "fastdense": ["py.typed"],
+        "fastdense.benchmarks": ["*.jinja"],
+        "fastdense.kernels": ["tuned/*.json"],
+    },
     ext_modules=[cpu_library] if has_kernels else [],
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if has_kernels else {},
 )

@@ -1,238 +1,68 @@
-"""What is measured: blocks and networks, contenders, modes; and the proof that the contenders compute the same.
-
-A *subject* is a network or a dense block, a *contender* one implementation of it, a *mode* what is done with
-it, and a *workload* a contender with its input on a device, ready to run in any mode.
-"""
+"""Which contenders meet at what: the cases of speed and memory, and the suites that they make up."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
-import fastdense
-from fastdense import images, parity, reference
-
-MODES = ("forward", "backward", "step", "inference")
-"""Training forward; its backward; forward, backward and SGD; forward in evaluation without autograd."""
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""By their short names. A narrow one means autocast around float32 parameters."""
-
-PARITY_BATCHES = 3
-"""Over which the errors of a parity check are medians."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One implementation of every subject."""
-
-    name: str
-    fast: bool
-    memory_format: torch.memory_format = torch.channels_last
-    memory_efficient: bool = False
-
-
-NAIVE_CONTIGUOUS = Contender("naive contiguous", fast=False, memory_format=torch.contiguous_format)
-NAIVE = Contender("naive", fast=False)
-NAIVE_RECOMPUTING = Contender("naive, memory_efficient", fast=False, memory_efficient=True)
-FAST = Contender("fast", fast=True)
-FAST_RECOMPUTING = Contender("fast, memory_efficient", fast=True, memory_efficient=True)
-
-SPEED_CONTENDERS = (NAIVE_CONTIGUOUS, NAIVE, FAST)
-MEMORY_CONTENDERS = (NAIVE, NAIVE_RECOMPUTING, FAST, FAST_RECOMPUTING)
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network by the name of its constructor, which the package and the reference share."""
-
-    constructor: str
-    size: int
-    batch_cpu: int = 4
-    batch_gpu: int = 64
-    parity_size: int = 32
-    arguments: dict[str, Any] = field(default_factory=dict, hash=False)
-
-    @property
-    def name(self) -> str:
-        return self.constructor
-
-    @property
-    def title(self) -> str:
-        return f"{self.constructor}, {self.size}x{self.size}"
-
-    def build(self, contender: Contender) -> nn.Module:
-        library = fastdense if contender.fast else reference
-        return getattr(library, self.constructor)(memory_efficient=contender.memory_efficient, **self.arguments)
-
-    def inputs(self, batch: int, dtype: torch.dtype) -> Tensor:
-        """Noise; float32 in any dtype, as a network under autocast sees its images."""
-        return torch.randn(batch, 3, self.size, self.size, generator=torch.Generator().manual_seed(0))
-
-    def parity_inputs(self, dtype: torch.dtype) -> Tensor:
-        return images.photographs(self.parity_size, 2 * PARITY_BATCHES)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A dense block by its geometry."""
-
-    name: str
-    size: int
-    num_input_features: int
-    num_layers: int
-    batch_cpu: int = 4
-    batch_gpu: int = 64
-
-    @property
-    def title(self) -> str:
-        return f"{self.name}, {self.size}x{self.size}, {self.num_layers} layers"
-
-    def build(self, contender: Contender) -> nn.Module:
-        kind = fastdense.FastDenseBlock if contender.fast else reference.DenseBlock
-        return kind(self.num_layers, self.num_input_features, memory_efficient=contender.memory_efficient)
-
-    def inputs(self, batch: int, dtype: torch.dtype) -> Tensor:
-        """Features, of which the block makes a gradient too, as inside a network."""
-        generator = torch.Generator().manual_seed(0)
-        features = torch.randn(batch, self.num_input_features, self.size, self.size, generator=generator)
-        return features.to(dtype).requires_grad_()
-
-    def parity_inputs(self, dtype: torch.dtype) -> Tensor:
-        return self.inputs(PARITY_BATCHES, dtype)
-
-
-Subject = Network | Block
-
-DENSENET121_BLOCKS = (
-    Block("denseblock1", 56, 64, 6),
-    Block("denseblock2", 28, 128, 12),
-    Block("denseblock3", 14, 256, 24),
-    Block("denseblock4", 7, 512, 16),
+from .contenders import (
+    ALL,
+    FAST,
+    MAX_AUTOTUNE,
+    MEMORY_CONTENDERS,
+    NAIVE,
+    NAIVE_AND_FAST,
+    Contender,
 )
-DENSENET121 = Network("densenet121", 224, parity_size=64)
-CIFAR_NETWORKS = (
-    Network("densenet_bc_100_12", 32, batch_cpu=16, batch_gpu=256),
-    Network("densenet_40_12", 32, batch_cpu=16, batch_gpu=256),
-)
-SUBJECTS: tuple[Subject, ...] = (*DENSENET121_BLOCKS, DENSENET121, *CIFAR_NETWORKS)
+from .results import has_bfloat16
+from .subjects import CIFAR_NETWORKS, DENSENET121, DTYPES, SUBJECTS, Network, Subject, deep_densenet
 
-
-class Workload:
-    """A contender with its input, ready to run in any mode. Nothing it does changes the parameters."""
-
-    def __init__(self, subject: Subject, contender: Contender, batch: int, device: str, dtype: torch.dtype) -> None:
-        torch.manual_seed(0)
-        self.model = subject.build(contender).to(device).to(memory_format=contender.memory_format)
-        inputs = subject.inputs(batch, dtype)
-        self.x = inputs.detach().to(device=device, memory_format=contender.memory_format)
-        self.x.requires_grad_(inputs.requires_grad)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0)  # the work of SGD, the weights of round 1
-        self.device, self.dtype = torch.device(device), dtype
-        self._gradient: Tensor | None = None
-
-    def prepare(self, mode: str) -> tuple[Any, ...]:
-        """What precedes ``mode`` and is not timed; the arguments of :meth:`run`."""
-        self.model.train(mode != "inference")
-        self._zero_grad()
-        arguments = (self.forward(),) if mode == "backward" else ()
-        self._synchronize()
-        return (mode, *arguments)
-
-    def run(self, mode: str, *arguments: Any) -> Any:
-        """What is timed: one of :data:`MODES`, to its end on the device."""
-        result = getattr(self, mode)(*arguments)
-        self._synchronize()
-        return result
-
-    def forward(self) -> Tensor:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.model(self.x)
-
-    def backward(self, out: Tensor) -> None:
-        if self._gradient is None:
-            self._gradient = torch.randn_like(out)
-        out.backward(self._gradient)
-
-    def step(self) -> None:
-        self._zero_grad()
-        self.backward(self.forward())
-        self.optimizer.step()
-
-    def inference(self) -> Tensor:
-        with torch.inference_mode():
-            return self.forward()
-
-    def _zero_grad(self) -> None:
-        self.optimizer.zero_grad()
-        self.x.grad = None
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-@functools.lru_cache(maxsize=1)  # the modes of a subject come one after another
-def workloads(subject: Subject, batch: int, device: str, dtype: torch.dtype) -> dict[str, Workload]:
-    """One workload per contender of the speed benchmark, by name."""
-    return {c.name: Workload(subject, c, batch, device, dtype) for c in SPEED_CONTENDERS}
-
-
-@functools.cache
-def parity_rows(subject: Subject, device: str, dtype: torch.dtype) -> list[parity.Row]:
-    """Fast against naive on small batches: training with every gradient, and inference."""
-    torch.manual_seed(0)
-    stock = subject.build(NAIVE).to(device)
-    batches = subject.parity_inputs(dtype).detach().to(device).chunk(PARITY_BATCHES)
-    with torch.no_grad():
-        stock(batches[0].float())  # for running statistics that are not those of a new BatchNorm
-    fast = subject.build(FAST).to(device)
-    fast.load_state_dict(stock.state_dict())
-    options: dict[str, Any] = dict(dtype=dtype, autocast=dtype != torch.float32)
-    trained = parity.check(fast, stock, batches, **options)
-    inferred = parity.check(fast.eval(), stock.eval(), batches, backward=False, **options)
-    return trained + inferred
-
-
-# -- suites ---------------------------------------------------------------------------------------------------
+TRAINING, INFERENCE, STEP = ("forward", "backward", "step"), ("inference",), ("step",)
 
 
 @dataclass(frozen=True)
 class SpeedCase:
-    """One row of the speed table: every contender is timed at it."""
+    """Contenders that take turns at one input, in one or several modes."""
 
     subject: Subject
-    mode: str
+    modes: tuple[str, ...]
     batch: int
     device: str
     dtype_name: str
+    contenders: tuple[Contender, ...]
     seconds: float
-    """About how long the timing may take."""
+    """About how long the rounds of a mode may take."""
 
     @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.dtype_name]
 
+    @property
+    def entrants(self) -> list[Contender]:
+        return [c for c in self.contenders if c.enters(self.subject, self.modes, self.device)]
+
+    @property
+    def expected_seconds(self) -> float:
+        return sum(c.first_call_s for c in self.entrants) + len(self.modes) * self.seconds
+
     def __str__(self) -> str:
-        return f"{self.subject.name}-{self.mode}-batch{self.batch}-{self.dtype_name}"
+        return f"{self.subject.title}, batch {self.batch}, {self.dtype_name}"
 
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """One contender's bytes at one shape."""
+    """One contender's bytes at one shape: of a training step, or of inference."""
 
-    subject: Network
+    subject: Subject
     contender: Contender
     batch: int
     device: str
     dtype_name: str
+    mode: str = "step"
     peak: bool = True
-    """Whether to run a training step too, and not only its forward."""
+    """Whether to run it, or only a training forward."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -243,30 +73,50 @@ class MemoryCase:
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """A subject in some modes at multiples of its usual batch."""
+
+    subject: Subject
+    modes: tuple[str, ...]
+    contenders: tuple[Contender, ...] = NAIVE_AND_FAST
+    batches: tuple[int, ...] = ()
+    """Instead of the subject's usual one."""
+
+    def batches_on(self, device: str) -> tuple[int, ...]:
+        usual = self.subject.batch_gpu if device.startswith("cuda") else self.subject.batch_cpu
+        return self.batches or (usual,)
+
+
+@dataclass(frozen=True)
 class Suite:
     """How much is measured."""
 
-    subjects: tuple[Subject, ...]
-    batch_factors: tuple[float, ...]
-    """Multiples of each subject's usual batch."""
-    seconds: float
-    """About how long the timing of one case may take."""
-    memory: tuple[tuple[Network, int], ...]
-    """Networks and batches."""
-    depths: tuple[int, ...]
-    batches: tuple[int, ...]
-    sizes: tuple[int, ...]
-    epochs: int
+    meetings: tuple[Meeting, ...] = ()
+    seconds: float = 2.5
+    """About how long the rounds of a mode may take."""
+    memory: tuple[tuple[Network, int], ...] = ()
+    """Networks and batches, of which training's memory is measured."""
+    memory_of_meetings: bool = False
+    """Whether the peak of every contender in :attr:`meetings` is measured too."""
+    depths: tuple[int, ...] = ()
+    batches: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+    roofline: tuple[tuple[Network, int], ...] = ()
+    epochs: int = 0
+    bfloat16_on_cpu: bool = False
+    """Whether it is measured too, on CPUs that multiply it themselves."""
+
+    def default_dtypes(self, device: str) -> tuple[str, ...]:
+        narrow = device.startswith("cuda") or (self.bfloat16_on_cpu and has_bfloat16())
+        return tuple(DTYPES) if narrow else ("fp32",)
 
     def speed_cases(self, device: str, dtypes: tuple[str, ...]) -> list[SpeedCase]:
-        cases = []
-        for subject in self.subjects:
-            usual = subject.batch_gpu if device.startswith("cuda") else subject.batch_cpu
-            for dtype in dtypes:
-                for factor in self.batch_factors:
-                    batch = max(1, int(usual * factor))
-                    cases += [SpeedCase(subject, mode, batch, device, dtype, self.seconds) for mode in MODES]
-        return cases
+        return [
+            SpeedCase(m.subject, m.modes, batch, device, dtype, m.contenders, self.seconds)
+            for m in self.meetings
+            for batch in m.batches_on(device)
+            for dtype in dtypes
+        ]
 
     def memory_cases(self, device: str, dtypes: tuple[str, ...]) -> list[MemoryCase]:
         """In ``dtypes``, and the forward under bfloat16 autocast in any case: bytes need no fast CPU."""
@@ -274,7 +124,12 @@ class Suite:
         for network, batch in self.memory:
             for dtype in dict.fromkeys((*dtypes, "bf16")):
                 peak = dtype in dtypes
-                cases += [MemoryCase(network, c, batch, device, dtype, peak) for c in MEMORY_CONTENDERS]
+                cases += [MemoryCase(network, c, batch, device, dtype, peak=peak) for c in MEMORY_CONTENDERS]
+        if self.memory_of_meetings:
+            for case in self.speed_cases(device, dtypes):
+                mode = "inference" if case.modes == INFERENCE else "step"
+                usable = [c for c in case.entrants if c.why_not(case.dtype_name) is None]
+                cases += [MemoryCase(case.subject, c, case.batch, device, case.dtype_name, mode) for c in usable]
         return cases
 
     def growth_cases(self, device: str, dtype: str) -> Iterator[tuple[str, int, list[MemoryCase]]]:
@@ -286,50 +141,67 @@ class Suite:
             yield variable, value, [MemoryCase(network, c, batch, device, dtype) for c in (NAIVE, FAST)]
 
 
-def deep_densenet(depth: int) -> Network:
-    """A DenseNet-BC of growth rate 12, in which parameters stay few enough for activations to be what grows."""
-    return Network("densenet_cifar", 32, arguments=dict(depth=depth, growth_rate=12))
+_TINY = Network("densenet_cifar", 16, arguments=dict(depth=10))
+_QUICK_TO_BUILD = tuple(contender for contender in ALL if contender.compile_mode is None)
 
+_PEERS = (
+    Meeting(DENSENET121, INFERENCE, ALL, (1, 16)),
+    Meeting(DENSENET121, STEP, tuple(c for c in ALL if c is not MAX_AUTOTUNE), (8,)),
+)
 
 SUITES = {
     "quick": Suite(
-        subjects=SUBJECTS,
-        batch_factors=(1,),
-        seconds=2.5,
+        meetings=tuple(Meeting(subject, modes) for subject in SUBJECTS for modes in (TRAINING, INFERENCE)),
         memory=((DENSENET121, 8),),
-        depths=(40, 100, 148, 190, 250),
+        depths=(40, 100, 190, 250),
         batches=(4, 8, 16, 24),
         sizes=(64, 128, 192, 256),
+        roofline=((DENSENET121, 4),),
         epochs=5,
     ),
+    "peers": Suite(meetings=_PEERS, seconds=20, memory_of_meetings=True, bfloat16_on_cpu=True),
+    "scaling": Suite(
+        depths=(40, 70, 100, 148, 190, 250, 298),
+        batches=(1, 2, 4, 8, 16, 32, 64),
+        sizes=(32, 64, 128, 192, 256, 320, 384, 448, 512),
+    ),
     "full": Suite(
-        subjects=SUBJECTS,
-        batch_factors=(0.25, 1, 4),
+        meetings=(
+            *(Meeting(s, m, batches=tuple(max(1, int(s.batch_cpu * f)) for f in (0.25, 1, 4)))
+              for s in SUBJECTS for m in (TRAINING, INFERENCE)),
+            *_PEERS,
+            *(Meeting(Network("densenet121", size), INFERENCE, ALL, (4,)) for size in (160, 299, 512)),
+            *(Meeting(Network(name, 224), INFERENCE, ALL, (4,)) for name in ("densenet169", "densenet201")),
+            Meeting(CIFAR_NETWORKS[0], STEP, ALL, (64,)),
+        ),
         seconds=20,
         memory=((DENSENET121, 8), (Network("densenet201", 224), 8), *((network, 64) for network in CIFAR_NETWORKS)),
+        memory_of_meetings=True,
         depths=(40, 70, 100, 148, 190, 250, 298),
         batches=(4, 8, 16, 32, 64, 128),
         sizes=(64, 128, 192, 256, 320, 384, 448, 512),
+        roofline=((DENSENET121, 1), (DENSENET121, 16), (CIFAR_NETWORKS[0], 64)),
         epochs=20,
+        bfloat16_on_cpu=True,
     ),
     "smoke": Suite(
-        subjects=(DENSENET121_BLOCKS[3],),
-        batch_factors=(0.25,),
+        meetings=(
+            Meeting(SUBJECTS[3], TRAINING, batches=(1,)),
+            Meeting(_TINY, INFERENCE, _QUICK_TO_BUILD, (2,)),
+        ),
         seconds=0.1,
-        memory=((Network("densenet_cifar", 16, arguments=dict(depth=10)), 2),),
+        memory=((_TINY, 2),),
+        memory_of_meetings=True,
         depths=(10, 16),
-        batches=(1, 2),
-        sizes=(64, 96),
+        batches=(1,),
+        sizes=(64,),
+        roofline=((_TINY, 2),),
         epochs=1,
     ),
-}
-"""``quick`` takes about five minutes on two cores, ``full`` half an hour; ``smoke`` only shows that all parts run."""
+}  # fmt: skip
+"""``quick`` takes five to ten minutes on two cores, ``peers`` fifteen, ``full`` hours; ``smoke`` only shows that all
+parts run."""
 
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def default_dtypes(device: str) -> tuple[str, ...]:
-    """On a GPU both; few CPUs are fast in bfloat16, and all in float32."""
-    return tuple(DTYPES) if device.startswith("cuda") else ("fp32",)

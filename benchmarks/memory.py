@@ -1,7 +1,8 @@
-"""Bytes: what a forward saves for its backward, and the peak of a training step.
+"""Bytes: what a forward saves for its backward, the peak of a training step, and that of inference.
 
-The peak is counted above what is there before the step, the parameters and the batch; it includes the parameters'
-gradients, which are the same for all contenders.
+The peak of a step is counted above what is there before it, the parameters and the batch; it includes the parameters'
+gradients, which are the same for all contenders. That of inference includes the weights, of which runtimes keep
+copies of their own, and all else that a contender brings; only what importing its packages takes is not counted.
 
 On a GPU the caching allocator knows it. On a CPU the kernel does: the largest resident set of a process. To make
 that reproducible every case runs in a fresh process, whose C library returns freed tensors to the system at once.
@@ -15,17 +16,20 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdense.memory import saved_activation_bytes
 
-from .cases import MemoryCase, Workload
+from .cases import MemoryCase
+from .contenders import Workload
 
 _STATUS = Path("/proc/self/status")
 _RESET_PEAK = Path("/proc/self/clear_refs")
@@ -50,7 +54,9 @@ class Bytes:
 
 
 def measure(case: MemoryCase) -> Bytes:
-    """Run one forward, and one training step if the case asks for it, in this process."""
+    """In this process: a training step, or only what a forward of it saves, or inference."""
+    if case.mode == "inference":
+        return Bytes(None, _peak_of_inference(case))
     workload = Workload(case.subject, case.contender, case.batch, case.device, case.dtype)
     workload.prepare("step")
     out: list[Tensor] = []
@@ -59,15 +65,36 @@ def measure(case: MemoryCase) -> Bytes:
         return Bytes(saved, None, "the peak is not asked for")
     workload.backward(out.pop())  # the end of a first step, after which code and workspaces are there
     arguments = workload.prepare("step")
+    return Bytes(saved, _peak(workload, lambda: workload.run(*arguments)))
+
+
+def _peak_of_inference(case: MemoryCase) -> int:
+    """Of everything: the weights in every form, what a runtime keeps, and what a call needs."""
+    for package in case.contender.packages:
+        import_module(package)
+    case.subject.inputs(1, case.dtype)
+    torch.conv2d(torch.ones(1, 8, 8, 8), torch.ones(8, 8, 3, 3))  # after which PyTorch's threads are there
+    on_gpu = torch.device(case.device).type == "cuda"
+    before = torch.cuda.memory_allocated(case.device) if on_gpu else _resident("VmRSS")
+    workload = Workload(case.subject, case.contender, case.batch, case.device, case.dtype)
+    workload.run(*workload.prepare("inference"))
+    del workload.inputs[1:]
+    arguments = workload.prepare("inference")
+    inside = torch.cuda.memory_allocated(case.device) if on_gpu else _resident("VmRSS")
+    return _peak(workload, lambda: workload.run(*arguments)) + inside - before
+
+
+def _peak(workload: Workload, run: Callable[[], Any]) -> int:
+    """The most bytes there are during ``run``, above those before it."""
     if workload.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(workload.device)
         before = torch.cuda.memory_allocated(workload.device)
-        workload.run(*arguments)
-        return Bytes(saved, torch.cuda.max_memory_allocated(workload.device) - before)
+        run()
+        return torch.cuda.max_memory_allocated(workload.device) - before
     _RESET_PEAK.write_text("5")
     before = _resident("VmRSS")
-    workload.run(*arguments)
-    return Bytes(saved, _resident("VmHWM") - before)
+    run()
+    return _resident("VmHWM") - before
 
 
 def _resident(field: str) -> int:
@@ -89,7 +116,7 @@ class Meter:
             except torch.OutOfMemoryError:
                 return Bytes(None, None, "out of GPU memory")
         if self._server is None:
-            saved = measure(replace(case, peak=False)).saved
+            saved = None if case.mode == "inference" else measure(replace(case, peak=False)).saved
             return Bytes(saved, None, "the peak of a CPU process is read from /proc of Linux, which is not here")
         assert self._server.stdin is not None
         assert self._server.stdout is not None

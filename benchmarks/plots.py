@@ -1,12 +1,13 @@
-"""Plots of saved results, and of nothing else: ``python -m fastdense.benchmarks.plots [RESULTS.json]``.
+"""Plots of saved results, and of nothing else: ``python -m fastdense.benchmarks.plots [RESULTS.json ...]``.
 
-Without a file the newest results of ``benchmarks/results`` are drawn. The pictures go beside their file and are
-named by the device, so that a later run of the same device replaces them.
+Without a file the newest results of each suite in ``benchmarks/results`` are drawn. The pictures go beside their file
+and are named by device and suite, so that a later run of the same device replaces them.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,52 +20,47 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
-from .cases import FAST, FAST_RECOMPUTING, MODES, NAIVE, NAIVE_CONTIGUOUS, NAIVE_RECOMPUTING
-from .results import default_folder, device_slug, latest, load
-from .runtimes import (
-    CHANNELS_LAST,
+from . import results as results_module
+from .contenders import (
+    ALL,
     COMPILE,
-    EAGER,
-    FASTDENSE,
-    FASTDENSE_RECOMPUTING,
+    CUDA_GRAPHS,
+    CUDNN_BENCHMARK,
+    FAST,
+    FAST_RECOMPUTING,
+    MAX_AUTOTUNE,
+    MODES,
+    MONAI,
+    NAIVE,
+    NAIVE_CONTIGUOUS,
+    NAIVE_RECOMPUTING,
     ONNXRUNTIME,
     OPENVINO,
-    PEER_MODES,
-    RECOMPUTING,
-    RUNTIMES,
+    TIMM,
 )
 
 Row = dict[str, Any]
 
-_COLOURS = {  # of Okabe and Ito, told apart by colour-blind readers too
+_COLOURS = {  # most are Okabe and Ito's, told apart by colour-blind readers too
     NAIVE_CONTIGUOUS.name: "#999999",
     NAIVE.name: "#D55E00",
-    NAIVE_RECOMPUTING.name: "#E69F00",
-    FAST.name: "#0072B2",
-    FAST_RECOMPUTING.name: "#56B4E9",
-    EAGER.name: "#999999",
-    CHANNELS_LAST.name: "#D55E00",
-    RECOMPUTING.name: "#F0E442",
+    NAIVE_RECOMPUTING.name: "#F0E442",
+    CUDNN_BENCHMARK.name: "#8C510A",
+    TIMM.name: "#C7A17A",
+    MONAI.name: "#BFBFBF",
     COMPILE.name: "#E69F00",
+    MAX_AUTOTUNE.name: "#F3CB6B",
+    CUDA_GRAPHS.name: "#B8860B",
     OPENVINO.name: "#009E73",
     ONNXRUNTIME.name: "#CC79A7",
-    FASTDENSE_RECOMPUTING.name: "#56B4E9",
-    FASTDENSE.name: "#0072B2",
+    FAST_RECOMPUTING.name: "#56B4E9",
+    FAST.name: "#0072B2",
 }
 _LABELS = {
     NAIVE_CONTIGUOUS.name: "naive concatenation, contiguous",
     NAIVE.name: "naive concatenation, channels-last",
-    NAIVE_RECOMPUTING.name: "naive, memory_efficient",
     FAST.name: "fastdense",
     FAST_RECOMPUTING.name: "fastdense, memory_efficient",
-    EAGER.name: "PyTorch, contiguous",
-    CHANNELS_LAST.name: "PyTorch, channels-last",
-    RECOMPUTING.name: "PyTorch, channels-last, memory_efficient",
-    COMPILE.name: "torch.compile",
-    OPENVINO.name: "OpenVINO",
-    ONNXRUNTIME.name: "ONNX Runtime",
-    FASTDENSE_RECOMPUTING.name: "fastdense, memory_efficient",
-    FASTDENSE.name: "fastdense",
 }
 _INK = "#333333"
 
@@ -97,158 +93,140 @@ def draw(path: Path) -> list[Path]:
     Raises:
         ValueError: the file does not hold results.
     """
-    results = load(path)
-    pictures = []
+    results, drawn = results_module.load(path), []
+    for name, png in pictures(results):
+        picture = path.parent / f"{results_module.device_slug(results)}-{results['suite']}-{name}.png"
+        picture.write_bytes(png)
+        drawn.append(picture)
+    return drawn
+
+
+def pictures(results: Row) -> Iterator[tuple[str, bytes]]:
+    """Name and PNG of every plot."""
     with style.context(_STYLE):
         for name, figure in _figures(results):
-            picture = path.parent / f"{device_slug(results)}-{name}.png"
-            figure.savefig(picture)
-            pictures.append(picture)
-    return pictures
+            png = io.BytesIO()
+            figure.savefig(png)
+            yield name, png.getvalue()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m fastdense.benchmarks.plots", description="Draw saved results.")
-    parser.add_argument("results", nargs="?", type=Path, help="a file of results (default: the newest)")
+    parser.add_argument("results", nargs="*", type=Path, help="files of results (default: the newest of each suite)")
     options = parser.parse_args(argv)
     try:
-        pictures = draw(options.results or latest(default_folder()))
+        for path in options.results or results_module.newest(results_module.default_folder()):
+            print(*draw(path), sep="\n")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(*pictures, sep="\n")
     return 0
 
 
 def _figures(results: Row) -> Iterator[tuple[str, Figure]]:
-    if "peers" in results:
-        name = {"inference": "peers", "training": "training-peers"}[results["mode"]]
-        yield name, _peers(results["mode"], results["peers"], results["environment"])
-        return
+    environment = results["environment"]
     for dtype in dict.fromkeys(row["dtype"] for row in results["speed"]):
-        rows = [row for row in results["speed"] if row["dtype"] == dtype]
-        yield f"speed-{dtype}", _speed(rows, dtype, results["environment"])
+        rows = [rows for rows in results_module.timings(results) if rows[0]["dtype"] == dtype]
+        yield f"speed-{dtype}", _speed(rows, dtype, environment)
     if results["memory"]:
-        yield "memory", _memory(results["memory"], results["environment"])
+        yield "memory", _memory(results["memory"], environment)
     if results["growth"]:
-        yield "growth", _growth(results["growth"], results["environment"])
+        yield "growth", _growth(results["growth"], environment)
+    if results["roofline"]:
+        yield "roofline", _roofline(results["roofline"], environment)
     if results["training"]:
-        yield "training", _training(results["training"], results["environment"])
+        yield "training", _training(results["training"], environment)
 
 
 # -- speed ----------------------------------------------------------------------------------------------------
 
 
-def _speed(rows: list[Row], dtype: str, environment: Row) -> Figure:
-    """A panel a mode, a group of bars a subject."""
-    groups = list(dict.fromkeys((row["title"], row["batch"]) for row in rows))
-    contenders = [NAIVE_CONTIGUOUS.name, NAIVE.name, FAST.name]
+def _speed(timings: list[list[Row]], dtype: str, environment: Row) -> Figure:
+    """A panel a mode, a group of bars a subject; a contender that did not run says why."""
+    contenders = _in_order({row["contender"] for rows in timings for row in rows})
+    modes = [mode for mode in MODES if any(rows[0]["mode"] == mode for rows in timings)]
+    groups = {mode: [rows for rows in timings if rows[0]["mode"] == mode] for mode in modes}
+    lines = max(sum(len(rows) for rows in group) + len(group) for group in groups.values())
     title = f"Speed against naive concatenation, {dtype}: longer is faster"
-    figure = _figure(14, 2.2 + 0.75 * len(groups), title, environment)
-    panels = figure.subplots(1, len(MODES), sharey=True)
-    for axes, mode in zip(panels, MODES, strict=True):
-        axes.set_title({"forward": "training forward", "step": "training step"}.get(mode, mode))
-        for place, (subject, batch) in enumerate(groups):
-            for offset, contender in zip((-0.27, 0, 0.27), contenders, strict=True):
-                row = _pick(rows, title=subject, batch=batch, mode=mode, contender=contender)
-                if row is None:
-                    continue
-                low, high = row["speedup"] - row["speedup_q1"], row["speedup_q3"] - row["speedup"]
-                axes.barh(place + offset, row["speedup"], 0.25, color=_COLOURS[contender])
-                if contender != NAIVE.name:
-                    axes.errorbar(row["speedup"], place + offset, xerr=[[low], [high]], color=_INK, lw=1, capsize=2)
-                factor = f"{row['speedup']:.2f}x  " if contender != NAIVE.name else ""
-                beyond_line = max(row["speedup_q3"], 1)
-                _annotate(axes, f"{factor}{_number(row['ms'])} ms", beyond_line, place + offset, contender)
+    figure = _figure(14, 2.2 + 0.2 * lines, title, environment)
+    shared = len({tuple((rows[0]["title"], rows[0]["batch"]) for rows in group) for group in groups.values()}) == 1
+    panels = figure.subplots(1, len(modes), sharey=shared, squeeze=False)[0]
+    for axes, mode in zip(panels, modes, strict=True):
+        axes.set_title(MODES[mode])
+        height, places = 0.0, []
+        for rows in groups[mode]:
+            naive = _pick(rows, contender=NAIVE.name)
+            places.append(height + (len(rows) - 1) / 2)
+            for row in sorted(rows, key=lambda row: contenders.index(row["contender"])):
+                _speed_bar(axes, row, naive, height)
+                height += 1
+            height += 1
         axes.axvline(1, color=_COLOURS[NAIVE.name], lw=1)
-        axes.set_xlim(0, 1.55 * max((row["speedup_q3"] for row in rows if row["mode"] == mode), default=1))
+        axes.set_xlim(0, (1.55 if len(modes) > 2 else 1.35) * axes.get_xlim()[1])
         axes.set_xlabel("times as fast as naive, channels-last")
         axes.grid(axis="y", visible=False)
-    panels[0].set_yticks(range(len(groups)), [f"{subject}\nbatch {batch}" for subject, batch in groups])
-    panels[0].invert_yaxis()
+        axes.set_yticks(places, [f"{rows[0]['title']}\nbatch {rows[0]['batch']}" for rows in groups[mode]])
+        if not shared or axes is panels[0]:
+            axes.invert_yaxis()
     _legend(figure, contenders, "medians of interleaved rounds; whiskers: quartiles")
     return figure
 
 
-# -- peers ----------------------------------------------------------------------------------------------------
-
-
-def _peers(mode: str, rows: list[Row], environment: Row) -> Figure:
-    """A panel a dtype, a group of bars a network and batch; a contender that did not run says why."""
-    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    groups = list(dict.fromkeys((row["title"], row["batch"]) for row in rows))
-    contenders = [runtime.name for runtime in RUNTIMES if mode in runtime.modes]
-    figure = _figure(
-        14, 2.2 + 1.4 * len(groups), f"{PEER_MODES[mode]} beside its peers: shorter is better", environment
-    )
-    for axes, dtype in zip(figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0], dtypes, strict=True):
-        axes.set_title(dtype)
-        for place, (network, batch) in enumerate(groups):
-            for i, contender in enumerate(contenders):
-                height = place + 0.14 * (i - (len(contenders) - 1) / 2)
-                row = _pick(rows, title=network, batch=batch, dtype=dtype, contender=contender)
-                if row is None:
-                    continue
-                if row["note"] is not None:
-                    _annotate(axes, f"{_LABELS[contender]}: {row['note']}"[:60], 0, height, contender)
-                    continue
-                low, middle, high = (row[key] / batch for key in ("ms_q1", "ms", "ms_q3"))
-                axes.barh(height, middle, 0.125, color=_COLOURS[contender])
-                axes.errorbar(middle, height, xerr=[[middle - low], [high - middle]], color=_INK, lw=1, capsize=2)
-                factor = "" if contender == FASTDENSE.name else f"  ({row['ratio']:.2f}x)"
-                _annotate(axes, f"{_number(middle)} ms{factor}", high, height, contender)
-        axes.set_xlim(0, 1.25 * axes.get_xlim()[1])
-        axes.set_xlabel("ms per image")
-        axes.grid(axis="y", visible=False)
-    axes.set_yticks(range(len(groups)), [f"{network}\nbatch {batch}" for network, batch in groups])
-    axes.invert_yaxis()
-    _legend(figure, contenders, "medians and quartiles; in brackets: time over fastdense's")
-    return figure
+def _speed_bar(axes: Axes, row: Row, naive: Row | None, height: float) -> None:
+    if row["note"] is not None or naive is None:
+        _annotate(axes, f"{_label(row['contender'])}: {row['note']}"[:70], 0, height, row["contender"])
+        return
+    speedup, low, high = results_module.ratio(naive, row)
+    axes.barh(height, speedup, 0.9, color=_COLOURS[row["contender"]])
+    if row is naive:
+        _annotate(axes, f"{_number(row['ms'])} ms", 1, height, NAIVE.name)
+        return
+    axes.errorbar(speedup, height, xerr=[[speedup - low], [high - speedup]], color=_INK, lw=1, capsize=2)
+    _annotate(axes, f"{speedup:.2f}x  {_number(row['ms'])} ms", max(high, 1), height, row["contender"])
 
 
 # -- memory ---------------------------------------------------------------------------------------------------
 
 
 def _memory(rows: list[Row], environment: Row) -> Figure:
-    """Saved bytes an image, and the peak of a step, where it was measured."""
-    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    """Saved bytes an image, the peak of a step and the peak of inference, where they were measured."""
+    contenders = _in_order({row["contender"] for row in rows})
     panels: list[tuple[str, str, Callable[[Row], float | None]]] = [
         ("saved by the forward for the backward", "MB per image", lambda row: _mega(row["saved_bytes"], row["batch"])),
-        ("peak of a training step", "MB above the model and the batch", lambda row: _mega(row["peak_bytes"])),
+        ("peak of a training step", "MB above the model and the batch", lambda row: _peak(row, "step")),
+        ("peak of inference", "MB, the weights and all else included", lambda row: _peak(row, "inference")),
     ]
     panels = [panel for panel in panels if any(panel[2](row) is not None for row in rows)]
     groups = [
         list(dict.fromkeys((r["title"], r["batch"], r["dtype"]) for r in rows if value(r) is not None))
         for _, _, value in panels
     ]
-    figure = _figure(14, 2.2 + 1.2 * max(map(len, groups)), "Memory of training: shorter is better", environment)
+    lines = max(len(contenders) * len(group) for group in groups)
+    figure = _figure(14, 2.2 + 0.3 * lines, "Memory: shorter is better", environment)
     for axes, (title, unit, value), shown in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, groups, strict=True
     ):
         axes.set_title(title)
         for place, (network, batch, dtype) in enumerate(shown):
-            for i, contender in enumerate(contenders):
-                row = _pick(rows, title=network, batch=batch, dtype=dtype, contender=contender)
-                width = None if row is None else value(row)
-                if width is None:
-                    continue
-                height = place + 0.2 * (i - (len(contenders) - 1) / 2)
-                axes.barh(height, width, 0.18, color=_COLOURS[contender])
-                naive = _pick(rows, title=network, batch=batch, dtype=dtype, contender=NAIVE.name)
-                _annotate(
-                    axes,
-                    f"{_number(width)} MB{_less(width, value(naive) if naive else None)}",
-                    width,
-                    height,
-                    contender,
-                )
+            own = [r for r in rows if (r["title"], r["batch"], r["dtype"]) == (network, batch, dtype)]
+            bars = {r["contender"]: value(r) for r in own if value(r) is not None}
+            for i, contender in enumerate(name for name in contenders if name in bars):
+                height = place + 0.8 / len(bars) * (i - (len(bars) - 1) / 2)
+                width = bars[contender] or 0.0
+                axes.barh(height, width, 0.72 / len(bars), color=_COLOURS[contender])
+                text = f"{_number(width)} MB{_less(width, bars.get(NAIVE.name))}"
+                _annotate(axes, text, width, height, contender)
         axes.set_yticks(range(len(shown)), [f"{n}\n{d}, batch {b}" for n, b, d in shown])
         axes.invert_yaxis()
-        axes.set_xlim(0, 1.15 * axes.get_xlim()[1])
+        axes.set_xlim(0, 1.25 * axes.get_xlim()[1])
         axes.set_xlabel(unit)
         axes.grid(axis="y", visible=False)
     _legend(figure, contenders, "in brackets: against naive concatenation")
     return figure
+
+
+def _peak(row: Row, mode: str) -> float | None:
+    return _mega(row["peak_bytes"]) if row["mode"] == mode else None
 
 
 def _less(value: float, naive: float | None) -> str:
@@ -337,6 +315,47 @@ def _curve(
     label = f"{_number(y[-1])} {unit}{_less(y[-1], naive.get(x[-1]))}"
     readable = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
     axes.annotate(label, (x[-1], y[-1]), (4, 9), textcoords="offset points", ha="right", color=colour, bbox=readable)
+
+
+# -- roofline -------------------------------------------------------------------------------------------------
+
+
+def _roofline(rows: list[Row], environment: Row) -> Figure:
+    """Each part as a dot under the machine's roof, and its time over its floor as a bar."""
+    cases = list(dict.fromkeys((row["title"], row["batch"], row["dtype"], row["mode"]) for row in rows))
+    lines = max(len(rows) / len(cases) * len(cases), 12)
+    figure = _figure(14, 2.2 + 0.22 * lines, "fastdense under the roof of this machine", environment)
+    left, right = figure.subplots(1, 2)
+    roof = rows[0]["flops"], rows[0]["bandwidth"]
+    intensities = np.geomspace(0.5, 2000, 200)
+    left.loglog(intensities, np.minimum(roof[0], intensities * roof[1]) / 1e9, color=_INK, lw=1.5)
+    left.annotate(
+        f"{roof[0] / 1e9:.0f} GFLOP/s, {roof[1] / 1e9:.0f} GB/s, both measured", (0.98, 0.04),
+        xycoords="axes fraction", ha="right",
+    )  # fmt: skip
+    left.set_xlabel("arithmetic intensity: operations per byte that has to move")
+    left.set_ylabel("GFLOP/s")
+    colours = dict(zip(cases, ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#D55E00"), strict=False))
+    height, ticks = 0, []
+    for case in cases:
+        own = [row for row in rows if (row["title"], row["batch"], row["dtype"], row["mode"]) == case]
+        reached = [(2 * row["macs"] / row["bytes"], 2e-9 * row["macs"] / row["seconds"]) for row in own if row["macs"]]
+        left.plot(*zip(*reached, strict=True), "o", color=colours[case], label=f"{case[0]}, batch {case[1]}, {case[3]}")
+        for row in own:
+            over = row["seconds"] / row["floor_s"]
+            right.barh(height, over, 0.8, color=colours[case])
+            _annotate(right, f"{over:.1f}  {_number(1e3 * row['seconds'])} ms", over, height, NAIVE.name)
+            ticks.append((height, f"{row['part']}, {case[3]}"))
+            height += 1
+        height += 1
+    left.legend(loc="upper left", fontsize=9)
+    right.set_yticks(*zip(*ticks, strict=True), fontsize=8)
+    right.invert_yaxis()
+    right.axvline(1, color=_INK, lw=0.8)
+    right.set_xlim(0, 1.2 * right.get_xlim()[1])
+    right.set_xlabel("time over the floor: shorter is better")
+    right.grid(axis="y", visible=False)
+    return figure
 
 
 # -- training -------------------------------------------------------------------------------------------------
@@ -434,17 +453,27 @@ def _figure(width: float, height: float, title: str, environment: Row) -> Figure
     return figure
 
 
+def _in_order(names: set[str]) -> list[str]:
+    return [contender.name for contender in ALL if contender.name in names]
+
+
+def _label(contender: str) -> str:
+    return _LABELS.get(contender, contender)
+
+
 def _legend(figure: Figure, contenders: list[str], note: str) -> None:
     """Under the title: the contenders' colours, and a note on the right."""
     y = 1 - 0.42 / figure.get_figheight()
-    handles = [Patch(color=_COLOURS[name], label=_LABELS[name]) for name in contenders]
-    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.002, y), ncols=len(handles), fontsize=9.5)
-    figure.text(0.99, y - 0.11 / figure.get_figheight(), note, ha="right", va="top", fontsize=9.5)
+    handles = [Patch(color=_COLOURS[name], label=_label(name)) for name in contenders]
+    figure.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(0.002, y), ncols=min(len(handles), 5), fontsize=9.5
+    )
+    figure.text(0.99, 1 - 0.2 / figure.get_figheight(), note, ha="right", va="top", fontsize=9.5)
 
 
 def _annotate(axes: Axes, text: str, x: float, y: float, contender: str) -> None:
     """A label right of a bar's end."""
-    weight = "bold" if contender in (FAST.name, FAST_RECOMPUTING.name, FASTDENSE.name) else "normal"
+    weight = "bold" if contender in (FAST.name, FAST_RECOMPUTING.name) else "normal"
     axes.annotate(
         text, (x, y), (5, 0), textcoords="offset points", va="center", fontsize=8.5, fontweight=weight
     )  # fmt: skip

@@ -6,11 +6,14 @@ import json
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import fastdense
@@ -18,8 +21,8 @@ import fastdense
 _HERE = Path(__file__).parent
 _DATE = "%Y%m%dT%H%M%SZ"
 
-PARTS = ("suite", "parity", "speed", "memory", "growth", "training")
-"""What a file of ``fastdense bench`` holds besides ``environment``; one of ``make bench-peers`` holds ``peers``."""
+PARTS = ("suite", "parity", "speed", "memory", "growth", "roofline", "training")
+"""What a file holds besides ``environment``; a part that was not measured is empty."""
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -32,7 +35,8 @@ def environment(device: str) -> dict[str, Any]:
         "device_type": "cuda" if gpu else device,
         "cpu": _cpu(),
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "bf16_isa": [flag for flag in ("avx512_bf16", "amx_bf16") if flag in _cpuinfo("flags").split()],
+        "bf16_isa": _bfloat16_instructions(),
+        "mhz": _cpuinfo("cpu MHz"),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if gpu else None,
         "cudnn": torch.backends.cudnn.version() if gpu else None,
@@ -42,9 +46,20 @@ def environment(device: str) -> dict[str, Any]:
         "triton": _version("triton"),
         "openvino": _version("openvino"),
         "onnxruntime": _version("onnxruntime"),
+        "timm": _version("timm"),
+        "monai": _version("monai"),
         "python": platform.python_version(),
         "system": platform.platform(),
     }
+
+
+def has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself; others emulate it slowly."""
+    return bool(_bfloat16_instructions())
+
+
+def _bfloat16_instructions() -> list[str]:
+    return [flag for flag in ("avx512_bf16", "amx_bf16") if flag in _cpuinfo("flags").split()]
 
 
 def default_folder() -> Path:
@@ -53,12 +68,8 @@ def default_folder() -> Path:
 
 
 def save(results: dict[str, Any], folder: Path) -> Path:
-    """Write one run; the name ends in its date."""
-    return write(results, folder / f"{device_slug(results)}-{results['environment']['date']}.json")
-
-
-def write(results: dict[str, Any], path: Path) -> Path:
-    """Write one run to a file of that name."""
+    """Write one run; the name is device, suite and date."""
+    path = folder / f"{device_slug(results)}-{results['suite']}-{results['environment']['date']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     return path
@@ -72,8 +83,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         results = json.loads(path.read_text())
-        parts = ("mode", "peers") if "peers" in results else PARTS
-        missing = [part for part in ("environment", *parts) if part not in results]
+        missing = [part for part in ("environment", *PARTS) if part not in results]
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise ValueError(f"{path} is not a file of benchmark results: {error}") from None
     if missing:
@@ -81,8 +91,8 @@ def load(path: Path) -> dict[str, Any]:
     return results
 
 
-def latest(folder: Path) -> Path:
-    """The newest run in a folder.
+def newest(folder: Path) -> list[Path]:
+    """The newest run of each device and suite in a folder, the very newest last.
 
     Raises:
         FileNotFoundError: there is none.
@@ -90,12 +100,34 @@ def latest(folder: Path) -> Path:
     runs = sorted(folder.glob("*-????????T??????Z.json"), key=lambda path: path.stem.rpartition("-")[2])
     if not runs:
         raise FileNotFoundError(f"no benchmark results in {folder}: run `fastdense bench` first, or name a file")
-    return runs[-1]
+    by_name: dict[str, Path] = {}
+    for path in runs:
+        name = path.stem.rpartition("-")[0]
+        by_name.pop(name, None)
+        by_name[name] = path
+    return list(by_name.values())
+
+
+def timings(results: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each case and mode: contenders that took turns."""
+    for _, rows in groupby(results["speed"], key=lambda row: [row[key] for key in ("title", "batch", "dtype", "mode")]):
+        yield list(rows)
+
+
+def ratio(row: dict[str, Any], other: dict[str, Any]) -> tuple[float, float, float]:
+    """How many times another contender's time ``row``'s is, round by round: the median and the quartiles (q1, q3)."""
+    ratios = [own / theirs for own, theirs in zip(row["all_ms"], other["all_ms"], strict=True)]
+    low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+    return median, low, high
 
 
 def device_slug(results: dict[str, Any]) -> str:
-    """The device for file names, such as ``nvidia-h100-80gb-hbm3``."""
-    return re.sub(r"[^a-z0-9]+", "-", results["environment"]["device"].lower()).strip("-")
+    """The device for file names, such as ``nvidia-h100-80gb-hbm3``; a CPU with its instruction set."""
+    environment = results["environment"]
+    name = environment["device"]
+    if environment["device_type"] == "cpu":
+        name += f" {environment['isa']}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _cpu() -> str:

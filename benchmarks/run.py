@@ -1,53 +1,45 @@
-"""The whole benchmark: parity, speed, memory, growth and a training run, then tables and plots.
+"""``fastdense bench``: parity, speed, memory, growth, roofline and a training run; then tables, plots and a report.
 
-``fastdense bench`` calls :func:`main`.
+The suites differ in what they measure (:mod:`~fastdense.benchmarks.cases`). ``--arch``, ``--size``, ``--batch`` and
+``--mode`` time networks of one's own choice instead. ``--compare`` judges the run against an earlier one.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
+import itertools
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from importlib.util import find_spec
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
+from fastdense.architectures import CONFIGS
+
+from . import parts, rounds, timing, training
 from . import results as results_module
-from . import rounds, training
-from .cases import (
-    DTYPES,
-    FAST,
-    NAIVE,
-    SPEED_CONTENDERS,
-    SUITES,
-    MemoryCase,
-    Suite,
-    Workload,
-    default_device,
-    default_dtypes,
-)
+from .cases import INFERENCE, SUITES, TRAINING, Meeting, MemoryCase, Suite, default_device
+from .contenders import MODES, NAIVE_AND_FAST, Workload
 from .memory import Meter, meter
+from .subjects import DTYPES, Network
 
 Row = dict[str, Any]
 
-_NEEDED = ("pytest", "pytest_benchmark", "matplotlib", "sklearn", "PIL")
+_NEEDED = ("matplotlib", "sklearn", "PIL")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a suite; 0, or 1 where a case failed, or 2 where a package is missing."""
+    """Run a suite; 0, or 1 where fast is not exact or slower than before, or 2 where a package is missing."""
     parser = _parser()
     options = parser.parse_args(argv)
     missing = [package for package in _NEEDED if find_spec(package) is None]
@@ -56,98 +48,148 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {options.device}: this torch sees no GPU")
-    from . import plots
+    from . import compare, plots, report, tables
 
-    suite, device = SUITES[options.suite], options.device
-    dtypes = (options.dtype,) if options.dtype else default_dtypes(device)
-    results: dict[str, Any] = {"suite": options.suite, "environment": results_module.environment(device)}
-    with Steps(_expected_seconds(suite, device, dtypes)) as steps:
-        report, passed = _time_cases(options, steps)
-        results["parity"] = _unique(row["extra_info"]["parity"] for row in report)
-        results["speed"] = [speed for row in report for speed in row["extra_info"]["rows"]]
-        with meter(device) as bytes_meter:
-            results["memory"] = _measure_memory(suite, device, dtypes, bytes_meter, steps)
-            results["growth"] = _measure_growth(suite, device, dtypes[0], bytes_meter, steps)
-        results["training"] = _train(suite, device, steps)
-        steps.begin("saving, drawing", _DRAWING)
-        path = results_module.save(results, options.output)
-        pictures = plots.draw(path)
+    try:
+        earlier = results_module.load(options.compare) if options.compare else None
+    except (OSError, ValueError) as error:
+        parser.error(f"--compare: {error}")
+    suite, device = _chosen(options), options.device
+    dtypes = tuple(options.dtype or suite.default_dtypes(device))
+    results: Row = {"suite": options.suite, "environment": results_module.environment(device)}
+    try:
+        with Steps(_expected_seconds(suite, device, dtypes)) as steps, _empty_compiler_cache():
+            results |= _measured(suite, device, dtypes, steps)
+            steps.begin("saving, drawing", _DRAWING)
+            path = results_module.save(results, options.output)
+            pictures = plots.draw(path)
+            page = report.write(path)
+    except timing.ParityError as error:
+        print(f"not the same function, so nothing is compared: {error}", file=sys.stderr)
+        return 1
+    changes = compare.changes(earlier, results) if earlier else []
     if options.json:
-        print(json.dumps(results))
+        print(json.dumps(results | ({"changes": [asdict(change) for change in changes]} if earlier else {})))
     else:
-        show(results, [path, *pictures])
-    return 0 if passed else 1
+        tables.show(results, [path, *pictures, page])
+        if earlier:
+            compare.show(changes)
+    return 1 if any(change.is_regression for change in changes) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("fastdense bench", description="Fast against naive concatenation, measured.")
+    parser = argparse.ArgumentParser(
+        "fastdense bench", description="fastdense against naive concatenation and every alternative, measured here."
+    )
+    several: Row = {"nargs": "+"}
     parser.add_argument(
-        "--suite", choices=SUITES, default="quick", help="quick: about 5 minutes on two cores (default); full: longer"
+        "--suite",
+        choices=SUITES,
+        default="quick",
+        help="quick: against naive, five to ten minutes on two cores (default); peers: DenseNet-121 beside "
+        "torch.compile, OpenVINO, ONNX Runtime, timm, MONAI; scaling: depth, batch, resolution; full: hours",
     )
     parser.add_argument("--device", default=default_device(), help="cpu or cuda (default: the GPU if there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, help="one dtype (default: fp32; on a GPU bf16 autocast too)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: fp32, and bf16 where the suite has it", **several)
+    parser.add_argument("--arch", choices=CONFIGS, metavar="NETWORK", help="time these instead", **several)
+    parser.add_argument("--size", type=_positive, help="their height and width (default: 224)", **several)
+    parser.add_argument("--batch", type=_positive, help="their images in a batch (default: 8)", **several)
+    parser.add_argument("--mode", choices=MODES, help="what of them is timed (default: step and inference)", **several)
+    parser.add_argument("--seconds", type=float, help="about how long the rounds of one mode take")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD.json", help="an earlier run; slower than that is exit code 1"
+    )
     parser.add_argument(
         "--output",
         type=Path,
         default=results_module.default_folder(),
         metavar="DIR",
-        help="where results and plots go (default: %(default)s)",
+        help="where results, plots and the report go (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON, and nothing else, on stdout")
     return parser
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _chosen(options: argparse.Namespace) -> Suite:
+    """The suite, or the speed alone of what was asked for by hand."""
+    suite = SUITES[options.suite]
+    if options.arch or options.size or options.batch or options.mode:
+        contenders = max((meeting.contenders for meeting in suite.meetings), key=len, default=NAIVE_AND_FAST)
+        modes = options.mode or ("step", "inference")
+        phases = [tuple(m for m in modes if m in phase) for phase in (TRAINING, INFERENCE)]
+        networks = itertools.product(options.arch or ["densenet121"], options.size or [224])
+        meetings = [
+            Meeting(Network(*network), phase, contenders, tuple(options.batch or [8]))
+            for network, phase in itertools.product(networks, filter(None, phases))
+        ]
+        suite = Suite(tuple(meetings), suite.seconds, bfloat16_on_cpu=suite.bfloat16_on_cpu)
+    return replace(suite, seconds=options.seconds) if options.seconds else suite
+
+
 # -- parts ----------------------------------------------------------------------------------------------------
 
-_CHECKING, _MEASURING, _GROWING, _EPOCH, _DRAWING = 1.5, 1.8, 7.0, 3.0, 6.0
-"""Seconds that parts take on two cores, per case, case, point, epoch and run, for the time left."""
+_CHECKING, _MEASURING, _GROWING, _EPOCH, _ROOFLINE, _DRAWING = 2.0, 4.0, 9.0, 3.0, 8.0, 8.0
+"""Seconds that parts take on two cores, per subject and dtype, case, point, epoch, case and run, for the time left."""
 
 _GROWTH_ROUNDS = 5
 
 
 def _expected_seconds(suite: Suite, device: str, dtypes: tuple[str, ...]) -> float:
-    speed = sum(case.seconds + _CHECKING for case in suite.speed_cases(device, dtypes))
+    cases = suite.speed_cases(device, dtypes)
+    checks = _CHECKING * len({(case.subject, case.dtype) for case in cases})
     memory = _MEASURING * len(suite.memory_cases(device, dtypes))
     growth = _GROWING * len(list(suite.growth_cases(device, dtypes[0])))
-    return speed + memory + growth + _EPOCH * suite.epochs + _DRAWING
+    others = _EPOCH * suite.epochs + _ROOFLINE * len(suite.roofline) + _DRAWING
+    return checks + sum(case.expected_seconds for case in cases) + memory + growth + others
 
 
-def _time_cases(options: argparse.Namespace, steps: Steps) -> tuple[list[Row], bool]:
-    """pytest-benchmark's report of ``bench_speed.py``, and whether every case passed."""
-    import pytest
+def _measured(suite: Suite, device: str, dtypes: tuple[str, ...], steps: Steps) -> Row:
+    """All parts of the results; one that a suite does not measure is empty."""
+    cases = suite.speed_cases(device, dtypes)
+    checks = []
+    for subject, name in dict.fromkeys((case.subject, case.dtype_name) for case in cases):
+        steps.begin(f"parity: {subject.name}, {name}", _CHECKING)
+        checks.append(timing.check(subject, device, name, DTYPES[name]))
+    speed = [row for case in cases for row in timing.measure(case, steps.begin)]
+    with meter(device) as bytes_meter:
+        memory = _measure_memory(suite, device, dtypes, bytes_meter, steps)
+        growth = _measure_growth(suite, device, dtypes[0], bytes_meter, steps)
+    return {
+        "parity": checks,
+        "speed": speed,
+        "memory": memory,
+        "growth": growth,
+        "roofline": _measure_parts(suite, device, dtypes[-1], steps),
+        "training": _train(suite, device, steps) if suite.epochs else None,
+    }
 
-    class ShowCase:
-        def pytest_runtest_setup(self, item: pytest.Function) -> None:
-            case: Any = item.callspec.params["case"]
-            steps.begin(f"speed: {case}", case.seconds + _CHECKING)
 
-    here = Path(__file__).parent
+@contextmanager
+def _empty_compiler_cache() -> Iterator[None]:
+    """For torch.compile's first calls to be first ones, and for the processes that measure memory to reuse them."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
-        arguments = [
-            str(here / "bench_speed.py"),
-            f"--suite={options.suite}",
-            f"--device={options.device}",
-            *([f"--dtype={options.dtype}"] if options.dtype else []),
-            f"--benchmark-json={report}",
-            f"--rootdir={here}",
-            f"--config-file={os.devnull}",  # of the project that this happens to be started in
-            "--capture=no",
-            "-pno:cacheprovider",
-        ]
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            code = pytest.main(arguments, plugins=[ShowCase()])
-        if code != pytest.ExitCode.OK:
-            print(output.getvalue(), file=sys.stderr)
-        timed = json.loads(report.read_text())["benchmarks"] if report.exists() and report.stat().st_size else []
-        return timed, code == pytest.ExitCode.OK
+        os.environ[name] = folder
+        try:
+            yield
+        finally:
+            del os.environ[name]
+            if before is not None:
+                os.environ[name] = before
 
 
 def _measure_memory(suite: Suite, device: str, dtypes: tuple[str, ...], meter: Meter, steps: Steps) -> list[Row]:
     rows = []
     for case in suite.memory_cases(device, dtypes):
-        steps.begin(f"memory: {case}", _MEASURING)
+        steps.begin(f"memory: {case}, {case.mode}", _MEASURING)
         rows.append(_memory_row(case, meter))
     return rows
 
@@ -183,27 +225,29 @@ def _step_times(cases: list[MemoryCase]) -> list[Row]:
 def _memory_row(case: MemoryCase, meter: Meter) -> Row:
     return {
         "subject": case.subject.name,
-        "arguments": case.subject.arguments,
+        "arguments": getattr(case.subject, "arguments", {}),
         "title": case.subject.title,
         "size": case.subject.size,
         "batch": case.batch,
         "dtype": case.dtype_name,
+        "mode": case.mode,
         "contender": case.contender.name,
         **{f"{name}_bytes" if name != "note" else name: value for name, value in asdict(meter.measure(case)).items()},
     }
+
+
+def _measure_parts(suite: Suite, device: str, dtype: str, steps: Steps) -> list[Row]:
+    rows = []
+    for network, batch in suite.roofline:
+        steps.begin(f"roofline: {network.title}, batch {batch}", _ROOFLINE)
+        rows += parts.measure(network, batch, device, dtype)
+    return rows
 
 
 def _train(suite: Suite, device: str, steps: Steps) -> Row:
     steps.begin("training on handwritten digits", 0)
     share = _EPOCH * suite.epochs / training.steps(suite.epochs)
     return training.compare(suite.epochs, device, on_step=lambda: steps.advance(share))
-
-
-def _unique(rows: Any) -> list[Row]:
-    return list({(row["subject"], row["dtype"]): row for row in rows}.values())
-
-
-# -- showing --------------------------------------------------------------------------------------------------
 
 
 class Steps:
@@ -247,118 +291,6 @@ class Steps:
     def advance(self, seconds: float) -> None:
         self._done += seconds
         self._bar.update(self._task, completed=self._done, refresh=True)
-
-
-def show(results: Row, paths: Sequence[Path]) -> None:
-    """Print tables of one run, and where it was saved."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    environment = results["environment"]
-    console.print()
-    console.print(
-        f"[bold]{environment['device']}[/], {environment['isa']}, {environment['threads']} threads, "
-        f"torch {environment['torch']}, backend {environment['backend']}, {results['suite']} suite",
-        highlight=False,
-    )
-    for table in (_parity_table(results), _speed_table(results), _memory_table(results), _growth_table(results)):
-        console.print()
-        console.print(table)
-    console.print()
-    for name, run in results["training"]["runs"].items():
-        console.print(
-            f"{results['training']['epochs']} epochs of digits, {name}: loss {run['loss'][0]:.3f} to "
-            f"{run['loss'][-1]:.3f}, test accuracy {run['test_accuracy'][-1]:.1%}",
-            highlight=False,
-        )
-    console.print()
-    for path in paths:
-        console.print(str(path), highlight=False, soft_wrap=True)
-
-
-def _parity_table(results: Row) -> Table:
-    table = empty_table(
-        "Parity with naive, before timing: output, every gradient, running statistics", "subject", "dtype"
-    )
-    for column in ("tensors", "worst use of its budget"):
-        table.add_column(column, justify="right")
-    table.add_column("of")
-    for row in results["parity"]:
-        worst = f"{row['worst_use_of_budget']:.0%}"
-        table.add_row(row["subject"], row["dtype"], str(row["tensors"]), worst, row["worst_tensor"])
-    return table
-
-
-def _speed_table(results: Row) -> Table:
-    table = empty_table("Time, ms: medians of interleaved rounds", "subject", "mode")
-    for column in ("rounds", *(contender.name for contender in SPEED_CONTENDERS), "fast over naive", "quartiles"):
-        table.add_column(column, justify="right")
-    for _, subject in groupby(results["speed"], key=lambda row: [row[key] for key in ("title", "batch", "dtype")]):
-        for i, (mode, contenders) in enumerate(groupby(subject, key=lambda row: row["mode"])):
-            rows = {row["contender"]: row for row in contenders}
-            fast = rows[FAST.name]
-            colour = "green" if fast["speedup_q1"] > 1 else "red" if fast["speedup_q3"] < 1 else "default"
-            table.add_row(
-                {0: fast["title"], 1: f"batch {fast['batch']}, {fast['dtype']}"}.get(i, ""),
-                mode,
-                str(fast["rounds"]),
-                *(f"{rows[contender.name]['ms']:.1f}" for contender in SPEED_CONTENDERS),
-                f"[{colour}]{fast['speedup']:.2f}x[/]",
-                f"{fast['speedup_q1']:.2f}-{fast['speedup_q3']:.2f}",
-            )
-        table.add_section()
-    return table
-
-
-def _memory_table(results: Row) -> Table:
-    table = empty_table("Memory of training, MB", "network", "batch", "dtype", "contender")
-    for column in ("saved per image", "less", "peak of a step", "less"):
-        table.add_column(column, justify="right")
-    for _, group in groupby(results["memory"], key=lambda row: [row[key] for key in ("title", "batch", "dtype")]):
-        rows = list(group)
-        naive = next(row for row in rows if row["contender"] == NAIVE.name)
-        for row in rows:
-            table.add_row(
-                *([row["title"], str(row["batch"]), row["dtype"]] if row is rows[0] else ["", "", ""]),
-                row["contender"],
-                *_bytes_and_factor(row["saved_bytes"], naive["saved_bytes"], row["batch"]),
-                *_bytes_and_factor(row["peak_bytes"], naive["peak_bytes"], 1),
-            )
-        table.add_section()
-    return table
-
-
-def _bytes_and_factor(value: int | None, naive: int | None, images: int) -> tuple[str, str]:
-    if value is None:
-        return "-", ""
-    return f"{value / images / 1e6:.1f}", f"{naive / value:.1f}x" if naive else ""
-
-
-def _growth_table(results: Row) -> Table:
-    table = empty_table("Growth of a training step", "with", "from", "to", "contender")
-    for column in ("peak, MB", "grows", "time, ms", "grows"):
-        table.add_column(column, justify="right")
-    for (variable, contender), group in groupby(
-        sorted(results["growth"], key=lambda row: (row["variable"], row["contender"])),
-        key=lambda row: (row["variable"], row["contender"]),
-    ):
-        points = list(group)
-        first, last = points[0], points[-1]
-        peak = _growth([row["peak_bytes"] / 1e6 for row in points if row["peak_bytes"] is not None])
-        times = _growth([row["step_ms"] for row in points])
-        table.add_row(variable, str(first["value"]), str(last["value"]), contender, *peak, *times)
-    return table
-
-
-def _growth(values: list[float]) -> tuple[str, str]:
-    if len(values) < 2:
-        return "-", ""
-    return f"{values[0]:.1f} to {values[-1]:.1f}", f"{values[-1] / values[0]:.1f}x"
-
-
-def empty_table(title: str, *columns: str) -> Table:
-    """An empty one in the style of the reports."""
-    return Table(*columns, title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
 
 
 if __name__ == "__main__":

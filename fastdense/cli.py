@@ -1,15 +1,17 @@
-"""The command ``fastdense``: ``status``, ``verify``, ``bench``."""
+"""The command ``fastdense``: ``status``, ``verify``, ``plan``, ``bench``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from .architectures import CONFIGS
 from .backends import status
+from .roofline import GPUS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +48,29 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_verify)
 
+    command = commands.add_parser("plan", help="predict memory, the least time, and the largest batch that fits")
+    command.add_argument("--arch", default="densenet121", choices=CONFIGS, help="network (default: %(default)s)")
+    command.add_argument("--batch", type=_positive, default=32, help="images in a batch (default: %(default)s)")
+    command.add_argument("--size", type=_positive, help="image height and width (default: 224; CIFAR networks: 32)")
+    command.add_argument(
+        "--dtype",
+        default="fp32",
+        choices=("fp32", "bf16", "fp16"),
+        help="the latter by autocast (default: %(default)s)",
+    )
+    command.add_argument("--train", action="store_true", help="a training step with SGD instead of inference")
+    command.add_argument("--memory-efficient", action="store_true", help="recompute in backward")
+    command.add_argument("--naive", action="store_true", help="the stock modules, concatenating")
+    command.add_argument("--memory", type=_bytes, help="such as 16GB: the largest batch that fits there, too")
+    command.add_argument("--gpu", choices=GPUS, help="plan for it instead of for this CPU")
+    command.add_argument(
+        "--bandwidth", type=_positive_float, help="GB/s that the device moves, instead of what is known"
+    )
+    command.add_argument("--flops", type=_positive_float, help="TFLOP/s that it computes, likewise")
+    command.add_argument("--device", choices=("cpu", "cuda"), help="whose kernels (default: cuda with --gpu, else cpu)")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_plan)
+
     command = commands.add_parser(
         "bench", help="fast against naive: parity, speed, memory, plots (bench --help for its options)", add_help=False
     )
@@ -58,6 +83,20 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
+    return value
+
+
+def _bytes(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text)
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"must be a size such as 16GB or 512MiB, got {text}")
+    return float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " ")
 
 
 def _status(arguments: argparse.Namespace, _: list[str]) -> int:
@@ -120,6 +159,78 @@ def _print_verification(arguments: argparse.Namespace, lines: Sequence[Any], pas
     console = Console()
     console.print(table)
     console.print("[green]equal within the budgets" if passed else "[red]over the budgets")
+
+
+def _plan(arguments: argparse.Namespace, _: list[str]) -> int:
+    from . import plan, roofline, verify
+
+    dtype = verify.DTYPES[arguments.dtype]
+    given = (arguments.bandwidth, arguments.flops)
+    if any(given) and not all(given):
+        raise ValueError("--bandwidth and --flops belong together")
+    ceilings = roofline.ceilings_of(arguments.gpu, dtype) if arguments.gpu else None
+    if all(given):
+        ceilings = roofline.Ceilings(arguments.bandwidth * 1e9, arguments.flops * 1e12, "as given")
+    options: dict[str, Any] = dict(
+        size=arguments.size or (32 if CONFIGS[arguments.arch].get("small_inputs") else 224),
+        dtype=arguments.dtype,
+        train=arguments.train,
+        memory_efficient=arguments.memory_efficient,
+        naive=arguments.naive,
+        device=arguments.device or ("cuda" if arguments.gpu else "cpu"),
+    )
+    found = plan.plan(arguments.arch, batch=arguments.batch, ceilings=ceilings, **options)
+    largest = plan.largest_batch(arguments.arch, arguments.memory, **options) if arguments.memory else None
+    if arguments.json:
+        print(json.dumps(found.as_dict() | {"memory": arguments.memory, "largest_batch": largest}, indent=2))
+    else:
+        _print_plan(found)
+        if largest is not None:
+            print(f"largest batch in {arguments.memory / 1e9:.2f} GB: {largest}")
+    return 0
+
+
+def _print_plan(found: Any) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    memory = Table("memory", box=SIMPLE_HEAD, pad_edge=False)
+    memory.add_column("MB", justify="right")
+    rows = [*found.held.items(), ("peak", found.peak)]
+    if found.train:
+        rows += [("  gradients", found.gradients), ("  saved for the backward", found.saved_bytes)]
+        rows += [(f"    {part}", size) for part, size in found.saved.items()]
+    for name, size in [*rows, ("total", found.total_bytes)]:
+        memory.add_row(name, f"{size / 1e6:.1f}", style="bold" if name == "total" else None)
+
+    floors = found.floors()
+    phases = list(dict.fromkeys(phase for phase, _ in floors))
+    time = Table("least time", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("MB", "GFLOP", *(f"{phase}, ms" for phase in phases)):
+        time.add_column(name, justify="right")
+    parts: dict[str, list[float]] = {}
+    for (phase, part), (moved, operations, seconds) in floors.items():
+        row = parts.setdefault(part, [0.0] * (2 + len(phases)))
+        row[0] += moved / 1e6
+        row[1] += operations / 1e9
+        row[2 + phases.index(phase)] += seconds * 1e3
+    total = [sum(column) for column in zip(*parts.values(), strict=True)]
+    for part, (moved, operations, *milliseconds) in [*parts.items(), ("total", total)]:
+        cells = f"{moved:.1f}", f"{operations:.2f}", *(f"{ms:.3f}" if ms else "" for ms in milliseconds)
+        time.add_row(part, *cells, style="bold" if part == "total" else None)
+
+    console = Console(highlight=False, soft_wrap=True)
+    kind = "".join(f", {word}" for word in ("naive", "memory_efficient") if getattr(found, word))
+    what = "a training step" if found.train else "inference"
+    console.print(f"[bold]{what} of {found.network}{kind}, on {found.device}", end="")
+    console.print(f"[bold]: batch {found.batch}, {found.size}x{found.size}, {found.dtype}")
+    console.print(f"{found.parameters:,} parameters, {found.macs / 1e9:.3f} GMACs an image")
+    console.print(memory)
+    console.print(time)
+    bandwidth, flops = found.ceilings.bytes_per_s / 1e9, found.ceilings.flops / 1e12
+    console.print(f"{found.seconds * 1e3:.3f} ms or more: at most {found.batch / found.seconds:,.0f} images/s")
+    console.print(f"at {bandwidth:.4g} GB/s and {flops:.3g} TFLOP/s, {found.ceilings.source}")
 
 
 def _bench(_: argparse.Namespace, rest: list[str]) -> int:
