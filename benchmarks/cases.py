@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -97,7 +97,8 @@ class Suite:
     memory: tuple[tuple[Network, int], ...] = ()
     """Networks and batches, of which training's memory is measured."""
     memory_of_meetings: bool = False
-    """Whether the peak of every contender in :attr:`meetings` is measured too."""
+    """Whether the peak of the contenders in :attr:`meetings` is measured too, at the largest batch; not of compiled ones,
+    which would have to be compiled again."""
     depths: tuple[int, ...] = ()
     batches: tuple[int, ...] = ()
     sizes: tuple[int, ...] = ()
@@ -126,10 +127,12 @@ class Suite:
                 peak = dtype in dtypes
                 cases += [MemoryCase(network, c, batch, device, dtype, peak=peak) for c in MEMORY_CONTENDERS]
         if self.memory_of_meetings:
-            for case in self.speed_cases(device, dtypes):
+            largest = [replace(m, batches=m.batches_on(device)[-1:]) for m in self.meetings]
+            for case in replace(self, meetings=tuple(largest)).speed_cases(device, dtypes):
                 mode = "inference" if case.modes == INFERENCE else "step"
-                usable = [c for c in case.entrants if c.why_not(case.dtype_name) is None]
-                cases += [MemoryCase(case.subject, c, case.batch, device, case.dtype_name, mode) for c in usable]
+                for contender in case.entrants:
+                    if contender.why_not(case.dtype_name) is None and contender.compile_mode is None:
+                        cases.append(MemoryCase(case.subject, contender, case.batch, device, case.dtype_name, mode))
         return cases
 
     def growth_cases(self, device: str, dtype: str) -> Iterator[tuple[str, int, list[MemoryCase]]]:
@@ -144,9 +147,10 @@ class Suite:
 _TINY = Network("densenet_cifar", 16, arguments=dict(depth=10))
 _QUICK_TO_BUILD = tuple(contender for contender in ALL if contender.compile_mode is None)
 
+_PEER_CONTENDERS = tuple(contender for contender in ALL if contender is not MAX_AUTOTUNE)
 _PEERS = (
-    Meeting(DENSENET121, INFERENCE, ALL, (1, 16)),
-    Meeting(DENSENET121, STEP, tuple(c for c in ALL if c is not MAX_AUTOTUNE), (8,)),
+    Meeting(DENSENET121, INFERENCE, _PEER_CONTENDERS, (1, 16)),
+    Meeting(DENSENET121, STEP, _PEER_CONTENDERS, (8,)),
 )
 
 SUITES = {
@@ -159,7 +163,7 @@ SUITES = {
         roofline=((DENSENET121, 4),),
         epochs=5,
     ),
-    "peers": Suite(meetings=_PEERS, seconds=20, memory_of_meetings=True, bfloat16_on_cpu=True),
+    "peers": Suite(meetings=_PEERS, seconds=10, memory_of_meetings=True, bfloat16_on_cpu=True),
     "scaling": Suite(
         depths=(40, 70, 100, 148, 190, 250, 298),
         batches=(1, 2, 4, 8, 16, 32, 64),

@@ -63,7 +63,8 @@ def measure(case: MemoryCase) -> Bytes:
     saved = saved_activation_bytes(workload.model, lambda: out.append(workload.forward()))
     if not case.peak:
         return Bytes(saved, None, "the peak is not asked for")
-    workload.backward(out.pop())  # the end of a first step, after which code and workspaces are there
+    out.clear()
+    workload.run(*workload.prepare("step"))  # after which code, workspaces and the optimizer's state are there
     arguments = workload.prepare("step")
     return Bytes(saved, _peak(workload, lambda: workload.run(*arguments)))
 

@@ -9,8 +9,12 @@ fails where they differ, and where a measured quantity stands in a text without 
 ``first:RUN:SUBJECT:BATCH:DTYPE:MODE:CONTENDER``      first call and what builds it, s
 ``saved:RUN:SUBJECT:BATCH:DTYPE:CONTENDER``           what a training forward saves, MB an image
 ``peak:RUN:SUBJECT:BATCH:DTYPE:MODE:CONTENDER``       peak memory, MB
+``growth:RUN:VARIABLE:VALUE:CONTENDER``               median time of a step where something grows, ms
 ``table:RUN:MODE``                                    all contenders of a run
+``memory:RUN:MODE``                                   their peaks
 ``roofline:RUN``                                      each part's time over its floor
+``traffic:MODE:WHO``                                  what the passes over memory move, MB an image, by formula
+``report:MODE``                                       a GPU's time an image that ``make kernel-report`` predicts, us
 and those of :mod:`~fastdense.benchmarks.scaling_numbers`
 ===================================================== ============================================================
 
@@ -26,6 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from . import figures
 from . import results as results_module
 from .contenders import FAST, MODES
 from .scaling_numbers import NUMBERS
@@ -111,6 +116,24 @@ def _peak(run: str, subject: str, batch: str, dtype: str, mode: str, contender: 
     return f"{row['peak_bytes'] / 1e6:.0f}"
 
 
+def _growth(run: str, variable: str, value: str, contender: str) -> str:
+    wanted = {"variable": variable, "value": int(value), "contender": contender}
+    return _three_digits(next(row for row in _run(run)["growth"] if row.items() >= wanted.items())["step_ms"])
+
+
+def _traffic(mode: str, who: str) -> str:
+    naive, fast = figures.COEFFICIENTS[mode]
+    return f"{2e-6 * sum(figures.traffic({'naive': naive, 'fast': fast}[who]).values()):.0f}"
+
+
+def _report(mode: str) -> str:
+    _, found, rest = (ROOT / "docs" / "kernel-report.txt").read_text().partition(f"densenet121, {mode},")
+    image = re.search(r"([\d.]+) an image", rest) if found else None
+    if image is None:
+        raise KeyError(mode)
+    return image[1]
+
+
 def _table(run: str, mode: str) -> str:
     """A line a contender, two columns a case: ms, and how many times fast's."""
     cases = [rows for rows in results_module.timings(_run(run)) if rows[0]["mode"] == mode]
@@ -130,6 +153,19 @@ def _cell(rows: list[Row], contender: str) -> str:
     row, fast = by_name[contender], by_name[FAST.name]
     factor = "" if row is fast else f" ({results_module.ratio(row, fast)[0]:.2f}x)"
     return _three_digits(row["ms"]) + factor
+
+
+def _memory(run: str, mode: str) -> str:
+    """A line a contender: the peak of a step, or of inference."""
+    rows = [row for row in _run(run)["memory"] if row["mode"] == mode and row["peak_bytes"] is not None]
+    cases = list(dict.fromkeys((row["title"], row["batch"], row["dtype"]) for row in rows))
+    lines = ["", f"| peak of {MODES[mode]}, MB | " + " | ".join(f"{t}, batch {b}, {d}" for t, b, d in cases) + " |"]
+    lines.append("|---" * (len(cases) + 1) + "|")
+    for contender in dict.fromkeys(row["contender"] for row in reversed(rows)):
+        own = {(r["title"], r["batch"], r["dtype"]): r["peak_bytes"] for r in rows if r["contender"] == contender}
+        cells = [f"{own[case] / 1e6:,.0f}" if case in own else "" for case in cases]
+        lines.append(f"| {contender} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
 
 
 def _roofline(run: str) -> str:
@@ -154,8 +190,12 @@ _KINDS: dict[str, Callable[..., str]] = {
     "first": _first_call,
     "saved": _saved,
     "peak": _peak,
+    "growth": _growth,
     "table": _table,
+    "memory": _memory,
     "roofline": _roofline,
+    "traffic": _traffic,
+    "report": _report,
 }
 
 
@@ -174,10 +214,7 @@ def main() -> int:
 def stray_quantities(text: str) -> Iterator[str]:
     """What looks measured and has no key, outside of code."""
     prose = re.sub(r"```.*?```|`[^`]*`", "", unmarked(text), flags=re.DOTALL)
-    for found in re.finditer(
-        r"\d[\d.,]*\s?(?:ms|us|MB|GB|TB|GB/s|GFLOP/s|TFLOP/s|img/s|x|%|times|minutes|seconds)\b", prose
-    ):
-        yield found.group()
+    yield from (found.group() for found in _QUANTITY.finditer(prose))
 
 
 if __name__ == "__main__":

@@ -462,13 +462,13 @@ def _label(contender: str) -> str:
 
 
 def _legend(figure: Figure, contenders: list[str], note: str) -> None:
-    """Under the title: the contenders' colours, and a note on the right."""
+    """Under the title: the contenders' colours; at the foot, on the right, a note."""
     y = 1 - 0.42 / figure.get_figheight()
     handles = [Patch(color=_COLOURS[name], label=_label(name)) for name in contenders]
     figure.legend(
         handles=handles, loc="upper left", bbox_to_anchor=(0.002, y), ncols=min(len(handles), 5), fontsize=9.5
     )
-    figure.text(0.99, 1 - 0.2 / figure.get_figheight(), note, ha="right", va="top", fontsize=9.5)
+    figure.text(0.99, 0.12 / figure.get_figheight(), note, ha="right", fontsize=8, color="#777777")
 
 
 def _annotate(axes: Axes, text: str, x: float, y: float, contender: str) -> None:

@@ -29,8 +29,9 @@ _INDISPENSABLE = (NAIVE, FAST)
 """Whose failure ends the benchmark; another's is said in its row."""
 
 _SETTLE = 0.1
-"""Seconds before each timed call in company of runtimes with threads of their own, in which those stop spinning;
-ONNX Runtime's were seen to slow whatever came 20 ms later by up to 1.6 times."""
+"""Seconds before each turn in company of runtimes with threads of their own, in which those stop spinning; ONNX
+Runtime's were seen to slow whatever came 20 ms later by up to 1.6 times. The pause puts everyone's threads to sleep,
+so in such company a turn is two calls, of which the second is timed."""
 
 
 class ParityError(Exception):
@@ -83,10 +84,10 @@ def measure(case: SpeedCase, begin: Callable[[str, float], None]) -> list[Row]:
     errors = _errors(case, workloads) if inference else {}
 
     rows = []
-    pause = _SETTLE if any(entrants[name].export for name in workloads) else 0.0
+    settle = any(entrants[name].export for name in workloads)
     for mode in case.modes:
         begin(f"{case}, {mode}", case.seconds)
-        times = _times(workloads, mode, case.seconds, pause)
+        times = _times(workloads, mode, case.seconds, settle)
         for name in entrants:
             row = _row(case, mode, name, notes[name])
             if name in times:
@@ -128,18 +129,20 @@ def _truths(case: SpeedCase) -> list[Tensor]:
         return [exact(x.double()) for x in case.subject.inputs(case.batch, case.dtype)]
 
 
-def _times(workloads: dict[str, Workload], mode: str, seconds: float, pause: float) -> dict[str, list[float]]:
+def _times(workloads: dict[str, Workload], mode: str, seconds: float, settle: bool) -> dict[str, list[float]]:
     """Each contender's seconds, round by round."""
 
     def clock(name: str) -> float:
+        if settle:
+            time.sleep(_SETTLE)
+            workloads[name].run(*workloads[name].prepare(mode))
         arguments = workloads[name].prepare(mode)
-        time.sleep(pause)
         start = time.perf_counter()
         workloads[name].run(*arguments)
         return time.perf_counter() - start
 
-    for name in workloads:  # a first round warms up, a second one tells how many to run
-        clock(name)
+    for name in workloads:
+        workloads[name].run(*workloads[name].prepare(mode))
     start = time.perf_counter()
     for name in workloads:
         clock(name)

@@ -136,9 +136,39 @@ def test_naive_traffic_is_that_of_stock_operations(mode: str) -> None:
     assert sum(figures.traffic(figures.COEFFICIENTS[mode][0]).values()) == pytest.approx(counted.elements, rel=1e-3)
 
 
-def test_text_has_the_totals_of_the_figure() -> None:
-    figures = figures_module()
-    text = (CHECKOUT / "docs" / "algorithm.md").read_text().replace("\n", " ")
-    for both in figures.COEFFICIENTS.values():
-        naive, fast = (2e-6 * sum(figures.traffic(each).values()) for each in both)
-        assert f"{naive:.0f} MB against {fast:.0f} MB" in text
+# -- numbers ----------------------------------------------------------------------------------------------------
+
+
+def numbers_module() -> Any:
+    pytest.importorskip("matplotlib", reason="needs the packages of fastdense[bench]")
+    from fastdense.benchmarks import numbers
+
+    return numbers
+
+
+@every_page
+def test_numbers_are_those_of_the_results(page: Path) -> None:
+    """`make docs-numbers` writes them."""
+    text = page.read_text()
+    assert numbers_module().rewritten(text) == text
+
+
+@every_page
+def test_every_quantity_has_its_source(page: Path) -> None:
+    """What looks measured is written by `make docs-numbers`, and by nobody else."""
+    assert list(numbers_module().stray_quantities(page.read_text())) == []
+
+
+def test_a_wrong_or_unknown_number_is_noticed() -> None:
+    numbers = numbers_module()
+    text = "in <!--n traffic:inference:naive-->999<!--/n--> MB"
+    assert numbers.rewritten(text) == "in <!--n traffic:inference:naive-->215<!--/n--> MB"
+    assert list(numbers.stray_quantities("took 3.5 ms, 12 GB/s, 2x and 20% in `4 ms`")) == [
+        "3.5 ms",
+        "12 GB/s",
+        "2x",
+        "20%",
+    ]
+    for key in ("ms", "speed:x", "ms:nowhere-quick:densenet121:4:fp32:step:fast", "traffic:sleep:fast"):
+        with pytest.raises(ValueError, match=re.escape(repr(key))):
+            numbers.value_of(key)
