@@ -76,7 +76,7 @@ CASES = (
     Case("densenet_cifar", 32, 8, "bf16", "naive", dict(depth=40)),
     Case("densenet_40_12", 32, 8, "fp32", "naive, memory_efficient"),
 )
-"""Large enough for activations to be most of the peak: a measured step makes the momentum too, at its end."""
+"""Large enough for activations to be most of the peak."""
 
 
 @pytest.fixture(scope="module")
