@@ -97,8 +97,8 @@ class Suite:
     memory: tuple[tuple[Network, int], ...] = ()
     """Networks and batches, of which training's memory is measured."""
     memory_of_meetings: bool = False
-    """Whether the peak of the contenders in :attr:`meetings` is measured too, at the largest batch; not that of compiled
-    ones, which would have to be compiled again."""
+    """Whether the contenders' peaks in :attr:`meetings` are measured too, at the largest batch; those of compiled ones
+    are not, as they would have to be compiled again."""
     depths: tuple[int, ...] = ()
     batches: tuple[int, ...] = ()
     sizes: tuple[int, ...] = ()

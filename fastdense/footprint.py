@@ -38,7 +38,7 @@ class Footprint:
     peak: int
 
     @property
-    def totalbytes_of(self) -> int:
+    def total_bytes(self) -> int:
         return sum(self.held.values()) + self.peak
 
 

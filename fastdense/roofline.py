@@ -38,6 +38,7 @@ from .models import FastDenseNet
 from .modules import FastDenseBlock, FastTransition
 
 _WEIGHT_BYTES = 4
+_CALLS = 20
 
 
 # -- ceilings ------------------------------------------------------------------------------------------------
@@ -81,10 +82,10 @@ def ceilings_of(gpu: str, dtype: torch.dtype) -> Ceilings:
 
 @functools.cache
 def measured_on_cpu(dtype: torch.dtype) -> Ceilings:
-    """Of this CPU, the best of three: a copy of 256 MB, and a matrix product. Takes about a second."""
+    """Of this CPU: a copy of 256 MB, and a matrix product. Takes about two seconds."""
     source = torch.ones(64 << 20)
     target = torch.empty_like(source)
-    matrix = torch.ones(1536, 1536, dtype=gemm_dtype(dtype, source.device))
+    matrix = torch.randn(1536, 1536).to(gemm_dtype(dtype, source.device))
     return Ceilings(
         2 * source.nbytes / _best(lambda: target.copy_(source)),
         2 * len(matrix) ** 3 / _best(lambda: matrix @ matrix),
@@ -93,10 +94,9 @@ def measured_on_cpu(dtype: torch.dtype) -> Ceilings:
 
 
 def _best(run: Callable[[], Any]) -> float:
-    """Seconds of the quickest of three calls, after one."""
-    run()
+    """Seconds of the quickest of some calls: a ceiling is what was reached once."""
     seconds = []
-    for _ in range(3):
+    for _ in range(_CALLS):
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
