@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 
 _MARKED = re.compile(r"<!--n (?P<key>[^>]+?)-->(?P<value>.*?)<!--/n-->", re.DOTALL)
 
-_QUANTITY = re.compile(r"\d[\d.,]*\s?(?:ms|us|MB|GB|TB|GFLOP/s|TFLOP/s|(?:MB|GB|TB)/s|images/s|x|%)(?!\w)")
+_QUANTITY = re.compile(r"\d[\d.,]*\s?(?:ms|us|(?:MB|GB|TB)(?:/s)?|GFLOP/s|TFLOP/s|images/s|x|%)(?!\w)")
 
 
 def documents() -> list[Path]:
