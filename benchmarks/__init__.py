@@ -1,6 +1,5 @@
-"""Fast against naive: speed, memory, growth and a training run, measured, saved as rows, drawn from them.
+"""Measurements of fastdense beside naive concatenation and other ways of running a DenseNet.
 
-``fastdense bench`` runs everything (:mod:`~fastdense.benchmarks.run`), ``pytest benchmarks/bench_speed.py`` the
-timings alone, and ``python -m fastdense.benchmarks.plots`` draws saved results again. Inference on a CPU beside
-other runtimes is :mod:`~fastdense.benchmarks.peers`.
+``fastdense bench`` runs everything (:mod:`~fastdense.benchmarks.run`): who is measured is in
+:mod:`~fastdense.benchmarks.contenders`, at what in :mod:`~fastdense.benchmarks.cases`.
 """

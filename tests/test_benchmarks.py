@@ -28,8 +28,6 @@ from fastdense.memory import saved_activation_bytes
 
 Row = dict[str, Any]
 
-pytestmark = pytest.mark.xdist_group("benchmarks")  # one run of the smallest suite serves many
-
 
 def test_photographs_are_normalised_crops_and_always_the_same() -> None:
     photos = images.photographs(48, 4)

@@ -20,13 +20,10 @@ import pytest
 
 import fastdense
 
-pytestmark = [
-    pytest.mark.skipif(
-        not all(any(distributions(name=name)) for name in ("pip", "setuptools")),
-        reason="building a wheel needs pip and setuptools",
-    ),
-    pytest.mark.xdist_group("install"),  # what is built once serves all
-]
+pytestmark = pytest.mark.skipif(
+    not all(any(distributions(name=name)) for name in ("pip", "setuptools")),
+    reason="building a wheel needs pip and setuptools",
+)
 
 CHECKOUT = Path(__file__).parents[1]
 HAS_COMPILER = platform.machine() == "x86_64" and shutil.which("g++") is not None
