@@ -203,7 +203,7 @@ SUITES = {
         epochs=1,
     ),
 }  # fmt: skip
-"""``quick`` takes five to ten minutes on two cores, ``peers`` fifteen, ``full`` hours; ``smoke`` only shows that all
+"""``quick`` takes about ten minutes on two cores, ``peers`` fifteen, ``full`` hours; ``smoke`` only shows that all
 parts run."""
 
 

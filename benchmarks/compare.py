@@ -3,7 +3,7 @@
     python -m fastdense.benchmarks.compare OLD.json NEW.json
 
 A machine's speed differs from run to run, so what is compared is fast's time over naive's, round by round, which
-both runs measured in one breath. A case has regressed if that ratio grew by more than a tenth and the two runs'
+both runs measured in one breath. A case has regressed if that ratio grew by more than a fifth and the two runs'
 rounds are told apart by Mann and Whitney's test at 1%, after Holm's correction for the number of cases. Bytes do not
 scatter: they have regressed when they grew by more than a twentieth.
 """
@@ -27,7 +27,7 @@ from .tables import console_for_tables, empty_table
 Row = dict[str, Any]
 
 SIGNIFICANCE = 0.01
-_SLOWER, _LARGER = 1.10, 1.05
+_SLOWER, _LARGER = 1.2, 1.05
 
 
 @dataclass(frozen=True)
