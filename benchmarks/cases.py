@@ -74,7 +74,7 @@ class MemoryCase:
 
 @dataclass(frozen=True)
 class Meeting:
-    """A subject in some modes at multiples of its usual batch."""
+    """Contenders and a subject, in some modes and batches."""
 
     subject: Subject
     modes: tuple[str, ...]

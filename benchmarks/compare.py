@@ -82,7 +82,7 @@ def _ratios(results: Row) -> dict[tuple[str, ...], list[float]]:
         by_name = {row["contender"]: row for row in rows}
         fast, naive = by_name[FAST.name], by_name[NAIVE.name]
         case = (fast["title"], f"batch {fast['batch']}", fast["dtype"], fast["mode"])
-        found[case] = [own / theirs for own, theirs in zip(fast["all_ms"], naive["all_ms"], strict=True)]
+        found[case] = results_module.ratios(fast, naive)
     return found
 
 

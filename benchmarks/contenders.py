@@ -9,6 +9,7 @@ bfloat16 under autocast, OpenVINO by its ``INFERENCE_PRECISION_HINT``, ONNX Runt
 from __future__ import annotations
 
 import functools
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -47,7 +48,7 @@ class Contender:
     export: Callable[[nn.Module, Tensor, torch.dtype], Output] | None = None
     """To another runtime, which has threads of its own, given an example of the input."""
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
-    """In which it is built and runs."""
+    """In which it runs."""
     packages: tuple[str, ...] = ()
     networks: tuple[str, ...] | None = None
     """The only ones it has."""
@@ -221,6 +222,13 @@ class Workload:
     def optimizer(self) -> torch.optim.Optimizer:
         """With the work of SGD, and a learning rate that leaves the weights of the first round."""
         return torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=0.9)
+
+    def clock(self, mode: str) -> float:
+        """Seconds of one run, prepared before."""
+        arguments = self.prepare(mode)
+        start = time.perf_counter()
+        self.run(*arguments)
+        return time.perf_counter() - start
 
     def forward(self) -> Any:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):

@@ -33,6 +33,7 @@ from typing import Any
 from . import figures
 from . import results as results_module
 from .contenders import FAST, MODES
+from .results import three_digits
 from .scaling_numbers import NUMBERS
 
 Row = dict[str, Any]
@@ -90,7 +91,7 @@ def _timed(run: str, subject: str, batch: str, dtype: str, mode: str, contender:
 
 
 def _ms(*names: str) -> str:
-    return _three_digits(_timed(*names)["ms"])
+    return three_digits(_timed(*names)["ms"])
 
 
 def _ratio(run: str, subject: str, batch: str, dtype: str, mode: str, pair: str) -> str:
@@ -99,7 +100,7 @@ def _ratio(run: str, subject: str, batch: str, dtype: str, mode: str, pair: str)
 
 
 def _first_call(*names: str) -> str:
-    return _three_digits(_timed(*names)["first_call_s"])
+    return three_digits(_timed(*names)["first_call_s"])
 
 
 def _remembered(run: str, **wanted: Any) -> Row:
@@ -118,7 +119,7 @@ def _peak(run: str, subject: str, batch: str, dtype: str, mode: str, contender: 
 
 def _growth(run: str, variable: str, value: str, contender: str) -> str:
     wanted = {"variable": variable, "value": int(value), "contender": contender}
-    return _three_digits(next(row for row in _run(run)["growth"] if row.items() >= wanted.items())["step_ms"])
+    return three_digits(next(row for row in _run(run)["growth"] if row.items() >= wanted.items())["step_ms"])
 
 
 def _traffic(mode: str, who: str) -> str:
@@ -152,7 +153,7 @@ def _cell(rows: list[Row], contender: str) -> str:
         return ""
     row, fast = by_name[contender], by_name[FAST.name]
     factor = "" if row is fast else f" ({results_module.ratio(row, fast)[0]:.2f}x)"
-    return _three_digits(row["ms"]) + factor
+    return three_digits(row["ms"]) + factor
 
 
 def _memory(run: str, mode: str) -> str:
@@ -175,13 +176,9 @@ def _roofline(run: str) -> str:
     lines.append("|---" * (2 * len(modes) + 1) + "|")
     for part in dict.fromkeys(row["part"] for row in rows):
         own = [next(row for row in rows if (row["part"], row["mode"]) == (part, mode)) for mode in modes]
-        cells = [f"{_three_digits(1e3 * r['seconds'])} | {r['seconds'] / r['floor_s']:.1f}" for r in own]
+        cells = [f"{three_digits(1e3 * r['seconds'])} | {r['seconds'] / r['floor_s']:.1f}" for r in own]
         lines.append(f"| {part} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 _KINDS: dict[str, Callable[..., str]] = {

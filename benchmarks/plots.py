@@ -38,6 +38,7 @@ from .contenders import (
     OPENVINO,
     TIMM,
 )
+from .results import three_digits
 
 Row = dict[str, Any]
 
@@ -179,10 +180,10 @@ def _speed_bar(axes: Axes, row: Row, naive: Row | None, height: float) -> None:
     speedup, low, high = results_module.ratio(naive, row)
     axes.barh(height, speedup, 0.9, color=_COLOURS[row["contender"]])
     if row is naive:
-        _annotate(axes, f"{_number(row['ms'])} ms", 1, height, NAIVE.name)
+        _annotate(axes, f"{three_digits(row['ms'])} ms", 1, height, NAIVE.name)
         return
     axes.errorbar(speedup, height, xerr=[[speedup - low], [high - speedup]], color=_INK, lw=1, capsize=2)
-    _annotate(axes, f"{speedup:.2f}x  {_number(row['ms'])} ms", max(high, 1), height, row["contender"])
+    _annotate(axes, f"{speedup:.2f}x  {three_digits(row['ms'])} ms", max(high, 1), height, row["contender"])
 
 
 # -- memory ---------------------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ def _memory(rows: list[Row], environment: Row) -> Figure:
                 height = place + 0.8 / len(bars) * (i - (len(bars) - 1) / 2)
                 width = bars[contender] or 0.0
                 axes.barh(height, width, 0.72 / len(bars), color=_COLOURS[contender])
-                text = f"{_number(width)} MB{_less(width, bars.get(NAIVE.name))}"
+                text = f"{three_digits(width)} MB{_less(width, bars.get(NAIVE.name))}"
                 _annotate(axes, text, width, height, contender)
         axes.set_yticks(range(len(shown)), [f"{n}\n{d}, batch {b}" for n, b, d in shown])
         axes.invert_yaxis()
@@ -312,7 +313,7 @@ def _curve(
     if len(points) > degree + 1:
         every_x = np.linspace(x[0], x[-1], 100)
         axes.plot(every_x, np.polyval(np.polyfit(x, y, degree), every_x), color=colour, lw=1.5)
-    label = f"{_number(y[-1])} {unit}{_less(y[-1], naive.get(x[-1]))}"
+    label = f"{three_digits(y[-1])} {unit}{_less(y[-1], naive.get(x[-1]))}"
     readable = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
     axes.annotate(label, (x[-1], y[-1]), (4, 9), textcoords="offset points", ha="right", color=colour, bbox=readable)
 
@@ -323,7 +324,7 @@ def _curve(
 def _roofline(rows: list[Row], environment: Row) -> Figure:
     """Each part as a dot under the machine's roof, and its time over its floor as a bar."""
     cases = list(dict.fromkeys((row["title"], row["batch"], row["dtype"], row["mode"]) for row in rows))
-    lines = max(len(rows) / len(cases) * len(cases), 12)
+    lines = max(len(rows), 12)
     figure = _figure(14, 2.2 + 0.22 * lines, "fastdense under the roof of this machine", environment)
     left, right = figure.subplots(1, 2)
     roof = rows[0]["flops"], rows[0]["bandwidth"]
@@ -344,7 +345,7 @@ def _roofline(rows: list[Row], environment: Row) -> Figure:
         for row in own:
             over = row["seconds"] / row["floor_s"]
             right.barh(height, over, 0.8, color=colours[case])
-            _annotate(right, f"{over:.1f}  {_number(1e3 * row['seconds'])} ms", over, height, NAIVE.name)
+            _annotate(right, f"{over:.1f}  {three_digits(1e3 * row['seconds'])} ms", over, height, NAIVE.name)
             ticks.append((height, f"{row['part']}, {case[3]}"))
             height += 1
         height += 1
@@ -422,7 +423,7 @@ def _bars(axes: Axes, title: str, bars: list[tuple[str, float, str]]) -> None:
         axes.barh(range(len(bars)), values, color=colours)
         axes.set_yticks(range(len(bars)), labels, fontsize=8)
         for y, value in enumerate(values):
-            _annotate(axes, _number(value), value, y, NAIVE.name)
+            _annotate(axes, three_digits(value), value, y, NAIVE.name)
     axes.invert_yaxis()
     axes.axvline(1, color=_INK, linewidth=0.8)
     axes.grid(axis="y", visible=False)
@@ -477,11 +478,6 @@ def _annotate(axes: Axes, text: str, x: float, y: float, contender: str) -> None
     axes.annotate(
         text, (x, y), (5, 0), textcoords="offset points", va="center", fontsize=8.5, fontweight=weight
     )  # fmt: skip
-
-
-def _number(value: float) -> str:
-    """Three digits, and whole numbers from a hundred on."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _pick(rows: list[Row], **wanted: Any) -> Row | None:

@@ -13,10 +13,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import fastdense
+
+from . import rounds
 
 _HERE = Path(__file__).parent
 _DATE = "%Y%m%dT%H%M%SZ"
@@ -115,10 +116,18 @@ def timings(results: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
 
 
 def ratio(row: dict[str, Any], other: dict[str, Any]) -> tuple[float, float, float]:
-    """How many times another contender's time ``row``'s is, round by round: the median and the quartiles (q1, q3)."""
-    ratios = [own / theirs for own, theirs in zip(row["all_ms"], other["all_ms"], strict=True)]
-    low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
-    return median, low, high
+    """How many times another contender's time ``row``'s is: the rounds' median and quartiles (q1, q3)."""
+    return rounds.quartiles(ratios(row, other))
+
+
+def ratios(row: dict[str, Any], other: dict[str, Any]) -> list[float]:
+    """How many times another contender's time ``row``'s is, round by round."""
+    return [own / theirs for own, theirs in zip(row["all_ms"], other["all_ms"], strict=True)]
+
+
+def three_digits(value: float) -> str:
+    """For people to read; whole numbers from a hundred on."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def device_slug(results: dict[str, Any]) -> str:

@@ -34,8 +34,14 @@ def interleaved(names: list[str], rounds: int, clock: Callable[[str], float]) ->
 
 def spread(what: str, values: list[float]) -> dict[str, float]:
     """The median and the quartiles, as columns of a row."""
-    low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    median, low, high = quartiles(values)
     return {what: median, f"{what}_q1": low, f"{what}_q3": high}
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """The median, and the quartiles below and above it."""
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    return median, low, high
 
 
 @contextmanager

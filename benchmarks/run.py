@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -25,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastdense.architectures import CONFIGS
+from fastdense.cli import positive
 
 from . import parts, rounds, timing, training
 from . import results as results_module
@@ -92,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default=default_device(), help="cpu or cuda (default: the GPU if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32, and bf16 where the suite has it", **several)
     parser.add_argument("--arch", choices=CONFIGS, metavar="NETWORK", help="time these instead", **several)
-    parser.add_argument("--size", type=_positive, help="their height and width (default: 224)", **several)
-    parser.add_argument("--batch", type=_positive, help="their images in a batch (default: 8)", **several)
+    parser.add_argument("--size", type=positive, help="their height and width (default: 224)", **several)
+    parser.add_argument("--batch", type=positive, help="their images in a batch (default: 8)", **several)
     parser.add_argument("--mode", choices=MODES, help="what of them is timed (default: step and inference)", **several)
     parser.add_argument("--seconds", type=float, help="about how long the rounds of one mode take")
     parser.add_argument(
@@ -108,13 +108,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON, and nothing else, on stdout")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def _chosen(options: argparse.Namespace) -> Suite:
@@ -173,7 +166,7 @@ def _measured(suite: Suite, device: str, dtypes: tuple[str, ...], steps: Steps) 
 
 @contextmanager
 def _empty_compiler_cache() -> Iterator[None]:
-    """For torch.compile's first calls to be first ones, and for the processes that measure memory to reuse them."""
+    """For torch.compile's first calls to be first ones."""
     name = "TORCHINDUCTOR_CACHE_DIR"
     before = os.environ.get(name)
     with tempfile.TemporaryDirectory() as folder:
@@ -209,16 +202,9 @@ def _step_times(cases: list[MemoryCase]) -> list[Row]:
         case.contender.name: Workload(case.subject, case.contender, case.batch, case.device, case.dtype)
         for case in cases
     }
-
-    def clock(name: str) -> float:
-        arguments = workloads[name].prepare("step")
-        start = time.perf_counter()
-        workloads[name].run(*arguments)
-        return 1000 * (time.perf_counter() - start)
-
-    for name in workloads:
-        clock(name)
-    times = rounds.interleaved(list(workloads), _GROWTH_ROUNDS, clock)
+    for workload in workloads.values():
+        workload.clock("step")
+    times = rounds.interleaved(list(workloads), _GROWTH_ROUNDS, lambda name: 1000 * workloads[name].clock("step"))
     return [rounds.spread("step_ms", times[name]) for name in workloads]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,8 +148,3 @@ def parity_rows(subject: Subject, device: str, dtype: torch.dtype) -> list[parit
     trained = parity.check(fast, stock, batches, **options)
     inferred = parity.check(fast.eval(), stock.eval(), batches, backward=False, **options)
     return trained + inferred
-
-
-def is_close(error: float, dtype: torch.dtype) -> bool:
-    """Whether an output's relative error is a rounding's, however large, and not another function's."""
-    return error < math.sqrt(torch.finfo(dtype).eps)

@@ -62,13 +62,13 @@ def tables(results: Row) -> Iterator[Table]:
     if results["parity"]:
         yield _parity(results["parity"])
     few = {contender.name for contender in NAIVE_AND_FAST}
-    rows = list(results_module.timings(results))
-    against_naive = [row for row in rows if {r["contender"] for r in row} == few]
-    against_all = [row for row in rows if row not in against_naive]
-    if against_naive:
-        yield _against_naive(against_naive)
-    if against_all:
-        yield _against_all(against_all)
+    kinds: dict[bool, list[list[Row]]] = {True: [], False: []}  # whether these few alone took turns
+    for rows in results_module.timings(results):
+        kinds[{row["contender"] for row in rows} == few].append(rows)
+    if kinds[True]:
+        yield _against_naive(kinds[True])
+    if kinds[False]:
+        yield _against_all(kinds[False])
     for part, table in (("memory", _memory), ("growth", _growth), ("roofline", _roofline)):
         if results[part]:
             yield table(results[part])

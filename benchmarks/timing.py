@@ -135,14 +135,11 @@ def _times(workloads: dict[str, Workload], mode: str, seconds: float, settle: bo
     def clock(name: str) -> float:
         if settle:
             time.sleep(_SETTLE)
-            workloads[name].run(*workloads[name].prepare(mode))
-        arguments = workloads[name].prepare(mode)
-        start = time.perf_counter()
-        workloads[name].run(*arguments)
-        return time.perf_counter() - start
+            workloads[name].clock(mode)
+        return workloads[name].clock(mode)
 
-    for name in workloads:
-        workloads[name].run(*workloads[name].prepare(mode))
+    for workload in workloads.values():
+        workload.clock(mode)
     start = time.perf_counter()
     for name in workloads:
         clock(name)

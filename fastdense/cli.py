@@ -37,10 +37,10 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("verify", help="prove fast equal to naive on real photographs")
     command.add_argument("--arch", default="densenet121", choices=CONFIGS, help="network (default: %(default)s)")
-    command.add_argument("--size", type=_positive, default=128, help="image height and width (default: %(default)s)")
-    command.add_argument("--batch", type=_positive, default=2, help="images in a batch (default: %(default)s)")
+    command.add_argument("--size", type=positive, default=128, help="image height and width (default: %(default)s)")
+    command.add_argument("--batch", type=positive, default=2, help="images in a batch (default: %(default)s)")
     command.add_argument(
-        "--inputs", type=_positive, default=5, help="batches to take errors over (default: %(default)s)"
+        "--inputs", type=positive, default=5, help="batches to take errors over (default: %(default)s)"
     )
     command.add_argument("--dtype", nargs="+", choices=("fp32", "bf16", "fp16"), help="only these (default: all)")
     command.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
@@ -50,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("plan", help="predict memory, the least time, and the largest batch that fits")
     command.add_argument("--arch", default="densenet121", choices=CONFIGS, help="network (default: %(default)s)")
-    command.add_argument("--batch", type=_positive, default=32, help="images in a batch (default: %(default)s)")
-    command.add_argument("--size", type=_positive, help="image height and width (default: 224; CIFAR networks: 32)")
+    command.add_argument("--batch", type=positive, default=32, help="images in a batch (default: %(default)s)")
+    command.add_argument("--size", type=positive, help="image height and width (default: 224; CIFAR networks: 32)")
     command.add_argument(
         "--dtype",
         default="fp32",
@@ -78,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """The type of an option that counts something."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
