@@ -38,6 +38,7 @@ setup(
         "fastdense.kernels.cpu",
         "fastdense.kernels.portable",
         "fastdense.kernels.triton",
+        "fastdense.training",
         "fastdense.benchmarks",
     ],
     package_dir={
@@ -46,6 +47,7 @@ setup(
         "fastdense.kernels.cpu": "kernels/cpu",
         "fastdense.kernels.portable": "kernels/portable",
         "fastdense.kernels.triton": "kernels/triton",
+        "fastdense.training": "fastdense/training",
         "fastdense.benchmarks": "benchmarks",
     },
     include_package_data=False,  # the sources of the CPU kernels stay behind

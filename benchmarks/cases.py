@@ -18,6 +18,7 @@ from .contenders import (
 )
 from .results import has_bfloat16
 from .subjects import CIFAR_NETWORKS, DENSENET121, DTYPES, SUBJECTS, Network, Subject, deep_densenet
+from .training import Program
 
 TRAINING, INFERENCE, STEP = ("forward", "backward", "step"), ("inference",), ("step",)
 
@@ -34,6 +35,7 @@ class SpeedCase:
     contenders: tuple[Contender, ...]
     seconds: float
     """About how long the rounds of a mode may take."""
+    fewest_rounds: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,6 +96,8 @@ class Suite:
     meetings: tuple[Meeting, ...] = ()
     seconds: float = 2.5
     """About how long the rounds of a mode may take."""
+    fewest_rounds: int = 8
+    """However long they take: with fewer, a comparison of two runs could not prove a difference among so many cases."""
     memory: tuple[tuple[Network, int], ...] = ()
     """Networks and batches, of which training's memory is measured."""
     memory_of_meetings: bool = False
@@ -103,7 +107,8 @@ class Suite:
     batches: tuple[int, ...] = ()
     sizes: tuple[int, ...] = ()
     roofline: tuple[tuple[Network, int], ...] = ()
-    epochs: int = 0
+    programs: tuple[Program, ...] = ()
+    """What is trained by naive and by fast."""
     bfloat16_on_cpu: bool = False
     """Whether it is measured too, on CPUs that multiply it themselves."""
 
@@ -113,7 +118,7 @@ class Suite:
 
     def speed_cases(self, device: str, dtypes: tuple[str, ...]) -> list[SpeedCase]:
         return [
-            SpeedCase(m.subject, m.modes, batch, device, dtype, m.contenders, self.seconds)
+            SpeedCase(m.subject, m.modes, batch, device, dtype, m.contenders, self.seconds, self.fewest_rounds)
             for m in self.meetings
             for batch in m.batches_on(device)
             for dtype in dtypes
@@ -153,6 +158,13 @@ _PEERS = (
     Meeting(DENSENET121, STEP, _PEER_CONTENDERS, (8,)),
 )
 
+_PROGRAMS = (
+    Program("densenet_bc_22_12", epochs=40, seeds=3),
+    Program("densenet_bc_100_12", epochs=14, seeds=3),
+    Program("densenet121", epochs=14, seeds=3),
+)
+"""``fastdense train`` as it is without options; and 322 steps each of the two programs for CIFAR-10."""
+
 SUITES = {
     "quick": Suite(
         meetings=tuple(Meeting(subject, modes) for subject in SUBJECTS for modes in (TRAINING, INFERENCE)),
@@ -161,14 +173,15 @@ SUITES = {
         batches=(4, 8, 16, 24),
         sizes=(64, 128, 192, 256),
         roofline=((DENSENET121, 4),),
-        epochs=5,
+        programs=(Program("densenet_bc_22_12", epochs=5, seeds=1),),
     ),
-    "peers": Suite(meetings=_PEERS, seconds=10, memory_of_meetings=True, bfloat16_on_cpu=True),
+    "peers": Suite(meetings=_PEERS, seconds=10, fewest_rounds=6, memory_of_meetings=True, bfloat16_on_cpu=True),
     "scaling": Suite(
         depths=(40, 70, 100, 148, 190, 250, 298),
         batches=(1, 2, 4, 8, 16, 32, 64),
         sizes=(32, 64, 128, 192, 256, 320, 384, 448, 512),
     ),
+    "training": Suite(programs=_PROGRAMS),
     "full": Suite(
         meetings=(
             *(Meeting(s, m, batches=tuple(max(1, int(s.batch_cpu * f)) for f in (0.25, 1, 4)))
@@ -185,7 +198,7 @@ SUITES = {
         batches=(4, 8, 16, 32, 64, 128),
         sizes=(64, 128, 192, 256, 320, 384, 448, 512),
         roofline=((DENSENET121, 1), (DENSENET121, 16), (CIFAR_NETWORKS[0], 64)),
-        epochs=20,
+        programs=_PROGRAMS,
         bfloat16_on_cpu=True,
     ),
     "smoke": Suite(
@@ -200,11 +213,11 @@ SUITES = {
         batches=(1,),
         sizes=(64,),
         roofline=((_TINY, 2),),
-        epochs=1,
+        programs=(Program("densenet_bc_10_4", epochs=1, seeds=2),),
     ),
 }  # fmt: skip
-"""``quick`` takes about ten minutes on two cores, ``peers`` fifteen, ``full`` hours; ``smoke`` only shows that all
-parts run."""
+"""``quick`` takes about ten minutes on two cores, ``peers`` fifteen, ``training`` thirty, ``full`` hours; ``smoke``
+only shows that all parts run."""
 
 
 def default_device() -> str:

@@ -362,31 +362,40 @@ def _roofline(rows: list[Row], environment: Row) -> Figure:
 # -- training -------------------------------------------------------------------------------------------------
 
 
-def _training(training: Row, environment: Row) -> Figure:
-    """Both loss curves on top of each other, and how far apart they are."""
-    runs = training["runs"]
-    losses = {name: np.array(run["loss"]) for name, run in runs.items()}
-    steps = np.arange(1, len(losses["naive"]) + 1)
-    epochs = steps * training["epochs"] / len(steps)
-    title = f"DenseNet-BC of depth {training['arguments']['depth']} trained on handwritten digits from one seed"
-    figure = _figure(11, 6.5, title, environment)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    above.plot(epochs, losses["naive"], color=_COLOURS[NAIVE.name], lw=5, alpha=0.5)
-    above.plot(epochs, losses["fast"], color=_COLOURS[FAST.name], lw=1.2)
-    above.set_ylim(bottom=0)
-    above.set_ylabel("training loss")
-    accuracy = {name: run["test_accuracy"][-1] for name, run in runs.items()}
-    above.annotate(
-        f"test accuracy\nnaive {accuracy['naive']:.1%}\nfast {accuracy['fast']:.1%}",
-        (0.98, 0.95), xycoords="axes fraction", ha="right", va="top",
-    )  # fmt: skip
-    rounding = np.finfo(np.float32).eps
-    below.semilogy(epochs, np.maximum(np.abs(losses["fast"] - losses["naive"]), rounding), color=_INK, lw=1)
-    below.set_ylabel("difference")
-    below.set_xlabel("epoch")
-    below.set_xlim(0, training["epochs"])
-    _legend(figure, [NAIVE.name, FAST.name], "the difference starts as a rounding, which training amplifies")
+def _training(training: list[Row], environment: Row) -> Figure:
+    """Every program's loss curves on top of each other, of every seed, and how far apart those of a seed are."""
+    figure = _figure(11, 1.5 + 3.6 * len(training), "Trained on handwritten digits, naive and fast", environment)
+    rows = figure.subplots(len(training), 2, squeeze=False, width_ratios=(3, 2))
+    for (left, right), row in zip(rows, training, strict=True):
+        for name, width, alpha in ((NAIVE.name, 4, 0.35), (FAST.name, 1.0, 1.0)):
+            for run in row["runs"][name]:
+                losses = _smoothed(np.array(run["loss"]))
+                epochs = np.linspace(0, row["epochs"], len(losses))
+                left.semilogy(epochs, losses, color=_COLOURS[name], lw=width, alpha=alpha)
+        seconds = {name: np.median([run["seconds"] for run in row["runs"][name]]) for name in row["runs"]}
+        accuracy = {name: [run["test_accuracy"][-1] for run in row["runs"][name]] for name in row["runs"]}
+        text = [
+            f"{name}: {min(accuracy[name]):.1%} to {max(accuracy[name]):.1%}, {seconds[name]:.0f} s" for name in seconds
+        ]
+        left.annotate(
+            "\n".join(["test accuracy, time of a run", *text]),
+            (0.98, 0.95), xycoords="axes fraction", ha="right", va="top",
+        )  # fmt: skip
+        left.set(title=row["title"], xlabel="epoch", ylabel="training loss")
+        ends = [np.array(row[f"{name}_ends"]) for name in (NAIVE.name, FAST.name)]
+        for at, (name, values) in enumerate(zip((NAIVE.name, FAST.name), ends, strict=True)):
+            right.plot(values, np.full(len(values), at), "o", color=_COLOURS[name], ms=9, alpha=0.7)
+        right.set(xlabel="loss of the last steps, a dot a seed", yticks=(0, 1), ylim=(-0.6, 1.6))
+        right.set_yticklabels((NAIVE.name, FAST.name))
+    _legend(
+        figure, [NAIVE.name, FAST.name], "the same seeds: a difference starts as a rounding, which training amplifies"
+    )
     return figure
+
+
+def _smoothed(losses: np.ndarray) -> np.ndarray:
+    """Means of ten neighbours, where there are as many."""
+    return np.convolve(losses, np.full(10, 0.1), "valid") if len(losses) > 20 else losses
 
 
 # -- a GPU's check ------------------------------------------------------------------------------------------------

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 import numpy as np
 
-_FEWEST, _MOST = 8, 199  # fewer than eight could not prove a difference among dozens of cases
+_MOST = 199
 
 
-def how_many(seconds: float, of_one: float) -> int:
-    """Rounds that take about ``seconds``, where one takes ``of_one``."""
-    return min(max(int(seconds / of_one), _FEWEST), _MOST)
+def how_many(seconds: float, of_one: float, fewest: int) -> int:
+    """Rounds that take about ``seconds``, where one takes ``of_one``, but ``fewest`` at least."""
+    return min(max(int(seconds / of_one), fewest), _MOST)
 
 
 def turns(names: list[str], rounds: int) -> Iterator[str]:

@@ -128,8 +128,8 @@ def _chosen(options: argparse.Namespace) -> Suite:
 
 # -- parts ----------------------------------------------------------------------------------------------------
 
-_CHECKING, _MEASURING, _GROWING, _EPOCH, _ROOFLINE, _DRAWING = 2.0, 4.0, 9.0, 3.0, 8.0, 8.0
-"""Seconds that parts take on two cores, per subject and dtype, case, point, epoch, case and run, for the time left."""
+_CHECKING, _MEASURING, _GROWING, _ROOFLINE, _DRAWING = 2.0, 4.0, 9.0, 8.0, 8.0
+"""Seconds that parts take on two cores, per subject and dtype, case, point, case and run, for the time left."""
 
 _GROWTH_ROUNDS = 5
 
@@ -139,7 +139,8 @@ def _expected_seconds(suite: Suite, device: str, dtypes: tuple[str, ...]) -> flo
     checks = _CHECKING * len({(case.subject, case.dtype) for case in cases})
     memory = _MEASURING * len(suite.memory_cases(device, dtypes))
     growth = _GROWING * len(list(suite.growth_cases(device, dtypes[0])))
-    others = _EPOCH * suite.epochs + _ROOFLINE * len(suite.roofline) + _DRAWING
+    trained = sum(2 * program.seeds * program.expected_seconds for program in suite.programs)
+    others = trained + _ROOFLINE * len(suite.roofline) + _DRAWING
     return checks + sum(case.expected_seconds for case in cases) + memory + growth + others
 
 
@@ -160,7 +161,7 @@ def _measured(suite: Suite, device: str, dtypes: tuple[str, ...], steps: Steps) 
         "memory": memory,
         "growth": growth,
         "roofline": _measure_parts(suite, device, dtypes[-1], steps),
-        "training": _train(suite, device, steps) if suite.epochs else None,
+        "training": [training.compare(program, device, steps.begin) for program in suite.programs],
     }
 
 
@@ -228,12 +229,6 @@ def _measure_parts(suite: Suite, device: str, dtype: str, steps: Steps) -> list[
         steps.begin(f"roofline: {network.title}, batch {batch}", _ROOFLINE)
         rows += parts.measure(network, batch, device, dtype)
     return rows
-
-
-def _train(suite: Suite, device: str, steps: Steps) -> Row:
-    steps.begin("training on handwritten digits", 0)
-    share = _EPOCH * suite.epochs / training.steps(suite.epochs)
-    return training.compare(suite.epochs, device, on_step=lambda: steps.advance(share))
 
 
 class Steps:

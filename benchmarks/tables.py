@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -48,13 +49,17 @@ def headline(results: Row) -> str:
 
 
 def training_lines(results: Row) -> Iterator[str]:
-    """How each contender learnt."""
-    training = results["training"] or {"runs": {}}
-    for name, run in training["runs"].items():
-        yield (
-            f"{training['epochs']} epochs of digits, {name}: loss {run['loss'][0]:.3f} to {run['loss'][-1]:.3f}, "
-            f"test accuracy {run['test_accuracy'][-1]:.1%}"
-        )
+    """How each contender learnt, and how long it took."""
+    for row in results["training"]:
+        for name, runs in row["runs"].items():
+            accuracies = [run["test_accuracy"][-1] for run in runs]
+            ends = row[f"{name}_ends"]
+            step_ms, seconds = (median(run[what] for run in runs) for what in ("step_ms", "seconds"))
+            yield (
+                f"{row['title']}, {name}, {len(runs)} seeds: last losses {min(ends):.4f} to {max(ends):.4f}, "
+                f"test accuracy {min(accuracies):.1%} to {max(accuracies):.1%}, "
+                f"{step_ms:.1f} ms a step, {seconds:.0f} s"
+            )
 
 
 def tables(results: Row) -> Iterator[Table]:

@@ -31,7 +31,8 @@ _INDISPENSABLE = (NAIVE, FAST)
 _SETTLE = 0.1
 """Seconds before each turn in company of runtimes with threads of their own, in which those stop spinning; ONNX
 Runtime's were seen to slow whatever came 20 ms later by up to 1.6 times. The pause puts everyone's threads to sleep,
-so in such company a turn is two calls, of which the second is timed."""
+so in such company a turn is two calls, of which the second is timed, unless a call is so long that it cannot matter."""
+_LONG = 0.4  # seconds
 
 
 class ParityError(Exception):
@@ -87,7 +88,7 @@ def measure(case: SpeedCase, begin: Callable[[str, float], None]) -> list[Row]:
     settle = any(entrants[name].export for name in workloads)
     for mode in case.modes:
         begin(f"{case}, {mode}", case.seconds)
-        times = _times(workloads, mode, case.seconds, settle)
+        times = _times(workloads, mode, case.seconds, case.fewest_rounds, settle)
         for name in entrants:
             row = _row(case, mode, name, notes[name])
             if name in times:
@@ -129,21 +130,22 @@ def _truths(case: SpeedCase) -> list[Tensor]:
         return [exact(x.double()) for x in case.subject.inputs(case.batch, case.dtype)]
 
 
-def _times(workloads: dict[str, Workload], mode: str, seconds: float, settle: bool) -> dict[str, list[float]]:
+def _times(
+    workloads: dict[str, Workload], mode: str, seconds: float, fewest: int, settle: bool
+) -> dict[str, list[float]]:
     """Each contender's seconds, round by round."""
 
     def clock(name: str) -> float:
         if settle:
             time.sleep(_SETTLE)
-            workloads[name].clock(mode)
+            if usual[name] < _LONG:
+                workloads[name].clock(mode)
         return workloads[name].clock(mode)
 
-    for workload in workloads.values():
-        workload.clock(mode)
-    start = time.perf_counter()
-    for name in workloads:
-        clock(name)
-    return rounds.interleaved(list(workloads), rounds.how_many(seconds, time.perf_counter() - start), clock)
+    usual = {name: workload.clock(mode) for name, workload in workloads.items()}
+    of_one = sum(2 * s + _SETTLE if settle and s < _LONG else s for s in usual.values())
+    count = rounds.how_many(seconds, of_one, fewest)
+    return rounds.interleaved(list(workloads), count, clock)
 
 
 def _row(case: SpeedCase, mode: str, name: str, note: str | None) -> Row:

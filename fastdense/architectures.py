@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -59,6 +60,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "densenet_bc_190_40": cifar_config(190, 40),
 }
 """Arguments of every named network: table 1 (ImageNet) and table 2 (CIFAR) of the paper."""
+
+_OF_THIS_DEPTH = re.compile(r"densenet_(bc_)?(\d+)_(\d+)")
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """Arguments of a named network, or of any ``densenet_bc_DEPTH_GROWTH`` and ``densenet_DEPTH_GROWTH`` for CIFAR.
+
+    Raises:
+        ValueError: no network has that name.
+    """
+    if name in CONFIGS:
+        return CONFIGS[name]
+    found = _OF_THIS_DEPTH.fullmatch(name)
+    if found is None:
+        raise ValueError(
+            f"no network is called {name!r}; there are {', '.join(CONFIGS)}, and densenet_bc_DEPTH_GROWTH and "
+            "densenet_DEPTH_GROWTH of any depth and growth rate"
+        )
+    is_bc = bool(found[1])
+    return cifar_config(int(found[2]), int(found[3]), bottleneck=is_bc, compression=0.5 if is_bc else 1.0)
 
 
 def constructor(cls: Callable[..., Model], name: str) -> Callable[..., Model]:

@@ -1,4 +1,4 @@
-"""The command ``fastdense``: ``status``, ``verify``, ``plan``, ``bench``."""
+"""The command ``fastdense``: ``status``, ``verify``, ``plan``, ``bench``, ``train``, ``evaluate``, ``predict``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from .architectures import CONFIGS
 from .backends import status
 from .roofline import GPUS
+from .training import command as training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return arguments.run(arguments, rest)
-    except (ImportError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"fastdense {arguments.command}: {error}", file=sys.stderr)
         return 2
 
@@ -75,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
         "bench", help="fast against naive: parity, speed, memory, plots (bench --help for its options)", add_help=False
     )
     command.set_defaults(run=_bench)
+
+    training.add_commands(commands)
     return parser
 
 

@@ -145,6 +145,9 @@ def _refusal(module: nn.Module) -> str | None:
         original = copy.deepcopy(module)
         if not any(p.is_meta for p in module.parameters()):
             original = original.cpu().double()
+        for part in original.modules():
+            if type(part) is nn.SyncBatchNorm:
+                part.__class__ = nn.BatchNorm2d  # no other process runs the probe
     except Exception as error:  # whatever a user's tensors and hooks may raise
         return f"it cannot be copied to be checked: {error}"
     fast = copy.deepcopy(original)

@@ -41,21 +41,19 @@ def photographs(size: int, count: int) -> Tensor:
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """1,797 handwritten digits of 8x8 pixels, shuffled and split, standardised by the training images.
+    """1,797 handwritten digits of 8x8 pixels, shuffled and split.
 
     Returns:
-        ``train_x`` [1438, 1, 8, 8] and ``test_x`` [359, 1, 8, 8], float32; ``train_y`` and ``test_y``, int64.
+        ``train_x`` [1438, 1, 8, 8] and ``test_x`` [359, 1, 8, 8], uint8; ``train_y`` and ``test_y``, int64.
 
     Raises:
         ImportError: scikit-learn is missing.
     """
     data = _datasets().load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
-    x = torch.tensor(data.images, dtype=torch.float32)[order, None]
+    x = torch.tensor(data.images * (255 / data.images.max())).round().to(torch.uint8)[order, None]
     y = torch.tensor(data.target, dtype=torch.int64)[order]
     held_out = len(y) // _TEST_SHARE
-    std, mean = torch.std_mean(x[held_out:])
-    x = (x - mean) / std
     return x[held_out:], y[held_out:], x[:held_out], y[:held_out]
 
 

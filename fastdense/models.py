@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .architectures import cifar_config, constructor
-from .kernels.contract import ChannelStats
-from .modules import FastDenseBlock, FastTransition, head, hooked, is_channels_last, stem_tail
+from .modules import BatchNorm, BatchStats, FastDenseBlock, FastTransition, head, hooked, is_channels_last, stem_tail
 
 
 class FastDenseNet(reference.DenseNet):
@@ -42,13 +41,13 @@ class FastDenseNet(reference.DenseNet):
         if type(self.features) is not nn.Sequential or hooked(self.features):
             return super().forward(x)
         stages = list(self.features.children())
-        stats: ChannelStats | None = None  # of x, where known
+        stats: BatchStats | None = None  # of x, where known
         channels_last = is_channels_last(x)  # as the reference's features would be; ours always are
         while stages:
             stage = stages.pop(0)
-            if isinstance(stage, nn.BatchNorm2d) and not stages:
+            if isinstance(stage, BatchNorm) and not stages:
                 return self.classifier(head(stage, x, stats))
-            if isinstance(stage, nn.BatchNorm2d) and [type(s) for s in stages[:2]] == [nn.ReLU, nn.MaxPool2d]:
+            if isinstance(stage, BatchNorm) and [type(s) for s in stages[:2]] == [nn.ReLU, nn.MaxPool2d]:
                 x, stats = stem_tail(stage, stages.pop(0), stages.pop(0), x), None
             elif isinstance(stage, FastDenseBlock) and not hooked(stage):
                 x, stats = stage.forward_with_stats(x, channels_last)

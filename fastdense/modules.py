@@ -11,12 +11,14 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed._functional_collectives import all_reduce
 from torch.nn.modules import module as nn_module
 
 from . import backends, ops, reference
@@ -25,6 +27,19 @@ from .kernels.contract import ChannelStats, DenseLayers, Norm
 
 class FallbackWarning(UserWarning):
     """A fast module ran its reference definition instead."""
+
+
+BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
+"""The norms that the ops compute."""
+
+
+class BatchStats(NamedTuple):
+    """Statistics of a batch, on their way from where they were made to the norms that use them."""
+
+    mean: Tensor  # [C]
+    var: Tensor  # [C], biased
+    count: int | Tensor  # values of a channel
+    group: str  # of the processes whose batches they are of, "" for this one alone
 
 
 class FastDenseBlock(reference.DenseBlock):
@@ -45,7 +60,7 @@ class FastDenseBlock(reference.DenseBlock):
     def forward(self, init_features: Tensor) -> Tensor:
         return self.forward_with_stats(init_features, is_channels_last(init_features))[0]
 
-    def forward_with_stats(self, x: Tensor, channels_last: bool = False) -> tuple[Tensor, ChannelStats | None]:
+    def forward_with_stats(self, x: Tensor, channels_last: bool = False) -> tuple[Tensor, BatchStats | None]:
         """The output and, where the block's norms made them, its batch statistics for the next norm.
 
         ``channels_last``: the reference's features would have that layout, even if x's does not say so.
@@ -57,15 +72,14 @@ class FastDenseBlock(reference.DenseBlock):
         dtype = _conv_dtype(x, layers.conv1_weight[0])
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         uses_batch = any(layers.norm1_batch_stats) or any(layers.norm2_batch_stats)
-        if uses_batch:
-            _check_values_per_channel(x)
+        count = _count(x, layers.group) if uses_batch else 0
         if not needs_grad and not uses_batch and not layers.growth_mask:
             return ops.dense_block_inference(x, layers, dtype=dtype, backend=backend), None
 
         keep = needs_grad and not self._layers()[0].memory_efficient
         result = ops.dense_block(x, layers, dtype=dtype, save_bottleneck=keep, backend=backend)
         shared = ChannelStats(result.mean, result.var)
-        norms: list[nn.BatchNorm2d] = []
+        norms: list[BatchNorm] = []
         stats: list[ChannelStats] = []
         for i, layer in enumerate(self._layers()):
             channels = layer.norm1.num_features
@@ -74,8 +88,8 @@ class FastDenseBlock(reference.DenseBlock):
             if layer.has_bottleneck:
                 norms.append(layer.norm2)
                 stats.append(ChannelStats(result.bottleneck_mean[i], result.bottleneck_var[i]))
-        _update_running_stats(norms, stats, x.shape[0] * x.shape[2] * x.shape[3])
-        return result.out, shared if any(layers.norm1_batch_stats) else None
+        _update_running_stats(norms, stats, count)
+        return result.out, BatchStats(*shared, count, layers.group) if any(layers.norm1_batch_stats) else None
 
     def _layers(self) -> list[reference.DenseLayer]:
         return cast(list[reference.DenseLayer], list(self.values()))
@@ -105,6 +119,7 @@ class FastDenseBlock(reference.DenseBlock):
             [_uses_batch_stats(norm) for norm in norms2],
             [norm.eps for norm in norms2],
             first.drop_rate,
+            next(iter(_groups(norms1 + norms2)), ""),
         )
 
     def _obstacle(self) -> str | None:
@@ -123,6 +138,8 @@ class FastDenseBlock(reference.DenseBlock):
             obstacle = _hooked(layer) or _obstacle_in(layer, parts)
             if obstacle:
                 return f"{name}: {obstacle}"
+        if len(_groups([getattr(layer, name) for layer in layers for name in parts if name.startswith("norm")])) > 1:
+            return "its norms take their statistics over different processes"
         return None
 
 
@@ -143,13 +160,13 @@ class FastTransition(reference.Transition):
     Shapes: [N, C, H, W] in any strides -> [N, C', H//2, W//2] in dense channels-last memory.
     """
 
-    def forward(self, x: Tensor, stats: ChannelStats | None = None, channels_last: bool = True) -> Tensor:
+    def forward(self, x: Tensor, stats: BatchStats | None = None, channels_last: bool = True) -> Tensor:
         """``stats``: the batch statistics of x where they are known already.
 
         ``channels_last``: the reference's features would have that layout, on which its dropout depends.
         """
         backend = _fast_backend(self, x, self._obstacle)
-        norm_module = cast(nn.BatchNorm2d, self.norm)
+        norm_module = cast(BatchNorm, self.norm)
         if backend is None or not _stock_computes(x, norm_module, self.conv.weight):
             return super().forward(x)
         if self._drops():
@@ -166,7 +183,7 @@ class FastTransition(reference.Transition):
         return _obstacle_in(self, parts)
 
 
-def stem_tail(norm: nn.BatchNorm2d, relu: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
+def stem_tail(norm: BatchNorm, relu: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
     """``pool(relu(norm(x)))`` in one pass where the three are a stem's, else one by one."""
     backend = None if any(map(_unusual, (norm, relu, pool))) else _fast_backend(norm, x)
     if backend is None or not _stock_computes(x, norm):
@@ -174,7 +191,7 @@ def stem_tail(norm: nn.BatchNorm2d, relu: nn.Module, pool: nn.Module, x: Tensor)
     return ops.stem_tail(x, _norm_for(norm, x, None, backend), backend=backend)
 
 
-def head(norm: nn.BatchNorm2d, x: Tensor, stats: ChannelStats | None) -> Tensor:
+def head(norm: BatchNorm, x: Tensor, stats: BatchStats | None) -> Tensor:
     """norm, ReLU and global average pool of [N, C, H, W] in one pass where possible: [N, C]."""
     backend = None if _unusual(norm) else _fast_backend(norm, x)
     if backend is None or not _stock_computes(x, norm):
@@ -188,6 +205,12 @@ def head(norm: nn.BatchNorm2d, x: Tensor, stats: ChannelStats | None) -> Tensor:
 def _fast_backend(module: nn.Module, x: Tensor, obstacle: Callable[[], str | None] = lambda: None) -> str | None:
     """The backend for ``x``, or ``None`` where the reference must run: on request, or for a reason warned of."""
     if not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0 or _is_transformed():
+        if _groups([m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]) - {""}:
+            # the other processes would wait for what the reference does not send
+            raise ValueError(
+                "SyncBatchNorm over several processes needs images [N, C, H, W] on each, N >= 1, outside torch.func's "
+                f"transforms; got {list(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
+            )
         return None  # the reference knows what PyTorch does with these
     backend = backends.select(x.device, x.dtype)
     if backend == backends.REFERENCE:
@@ -273,6 +296,7 @@ def _unlike_stock(module: nn.Module) -> str | None:
 
 _STOCK: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
     nn.BatchNorm2d: {},
+    nn.SyncBatchNorm: {},
     nn.ReLU: {},
     nn.Dropout: {},
     nn.Conv2d: dict(
@@ -320,7 +344,7 @@ def _conv_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else weight.dtype
 
 
-def _stock_computes(x: Tensor, norm: nn.BatchNorm2d, weight: Tensor | None = None) -> bool:
+def _stock_computes(x: Tensor, norm: BatchNorm, weight: Tensor | None = None) -> bool:
     """Whether stock PyTorch takes x in this norm and this convolution; where not, the reference raises its error."""
     if weight is not None and (weight.dtype == torch.float64 if _autocasts(x) else x.dtype != weight.dtype):
         return False
@@ -346,11 +370,24 @@ def _dropout_mask(x: Tensor, conv: nn.Conv2d, drop_rate: float, channels_last: b
     return F.dropout(ones, drop_rate, training=True) != 0
 
 
-def _uses_batch_stats(norm: nn.BatchNorm2d) -> bool:
+def _uses_batch_stats(norm: BatchNorm) -> bool:
     return norm.training or norm._buffers["running_mean"] is None
 
 
-def _affine(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
+def _group_of(norm: BatchNorm) -> str:
+    """The name of the process group over whose batches a norm takes its statistics; "" for this process's alone."""
+    if type(norm) is not nn.SyncBatchNorm or not norm.training or not dist.is_initialized():
+        return ""
+    group = dist.group.WORLD if norm.process_group is None else norm.process_group
+    return group.group_name if dist.get_world_size(group) > 1 else ""
+
+
+def _groups(norms: Sequence[BatchNorm]) -> set[str]:
+    """Of all norms that use the statistics of a batch."""
+    return {_group_of(norm) for norm in norms if _uses_batch_stats(norm)}
+
+
+def _affine(norm: BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
     weight, bias = norm._parameters["weight"], norm._parameters["bias"]
     return (
         x.new_ones(norm.num_features) if weight is None else weight,
@@ -358,7 +395,7 @@ def _affine(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _norm_lists(norms: list[nn.BatchNorm2d], x: Tensor) -> tuple[list[Tensor], ...]:
+def _norm_lists(norms: list[BatchNorm], x: Tensor) -> tuple[list[Tensor], ...]:
     """Weights, biases, running means, running variances; the latter two empty where the batch's are used."""
     unread = x.new_empty(0)
     vectors = [
@@ -367,24 +404,30 @@ def _norm_lists(norms: list[nn.BatchNorm2d], x: Tensor) -> tuple[list[Tensor], .
     return tuple([list(column) for column in zip(*vectors, strict=True)]) if vectors else ([], [], [], [])
 
 
-def _norm_for(norm: nn.BatchNorm2d, x: Tensor, stats: ChannelStats | None, backend: str) -> Norm:
+def _norm_for(norm: BatchNorm, x: Tensor, stats: BatchStats | None, backend: str) -> Norm:
     """The norm as an op takes it; its running statistics are updated if it is training."""
     if not _uses_batch_stats(norm):
         return Norm(*_affine(norm, x), *_running_stats(norm), norm.eps, False)
-    _check_values_per_channel(x)
-    if stats is None:
-        stats = ops.channel_stats(x, backend=backend)
-    _update_running_stats([norm], [stats], x.shape[0] * x.shape[2] * x.shape[3])
-    return Norm(*_affine(norm, x), *stats, norm.eps, True)
+    group = _group_of(norm)
+    if stats is None or stats.group != group:
+        count = _count(x, group)
+        stats = BatchStats(*ops.channel_stats(x, backend=backend, group=group), count, group)
+    _update_running_stats([norm], [ChannelStats(stats.mean, stats.var)], stats.count)
+    return Norm(*_affine(norm, x), stats.mean, stats.var, norm.eps, True, group)
 
 
-def _check_values_per_channel(x: Tensor) -> None:
-    if x.shape[0] * x.shape[2] * x.shape[3] == 1:
+def _count(x: Tensor, group: str) -> int | Tensor:
+    """Values of a channel in a batch, or in those of a group's processes: then float64, on x's device."""
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    if group:
+        return all_reduce(torch.tensor(float(count), dtype=torch.float64, device=x.device), "sum", group)
+    if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    return count
 
 
 @torch.no_grad()
-def _update_running_stats(norms: Sequence[nn.BatchNorm2d], stats: Sequence[ChannelStats], count: int) -> None:
+def _update_running_stats(norms: Sequence[BatchNorm], stats: Sequence[ChannelStats], count: int | Tensor) -> None:
     """What each training BatchNorm does with the statistics of its batch of ``count`` values per channel.
 
     Nothing when a checkpoint runs the forward again inside a backward: they were updated the first time.
@@ -415,9 +458,9 @@ def _update_running_stats(norms: Sequence[nn.BatchNorm2d], stats: Sequence[Chann
             torch._foreach_lerp_(running, values, momentum)
 
 
-def _running_stats(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def _running_stats(norm: BatchNorm) -> tuple[Tensor, Tensor]:
     return _buffer(norm, "running_mean"), _buffer(norm, "running_var")
 
 
-def _buffer(norm: nn.BatchNorm2d, name: str) -> Tensor:
+def _buffer(norm: BatchNorm, name: str) -> Tensor:
     return cast(Tensor, norm._buffers[name])

@@ -27,6 +27,7 @@ from .kernels.contract import (
     accumulator_dtype,
     empty_channels_last,
 )
+from .kernels.group import Group
 
 _LIST_FIELDS = DenseLayers._fields[:12]  # Tensor[]
 _PLAIN_FIELDS = DenseLayers._fields[12:]
@@ -34,13 +35,14 @@ _PARAMETER_FIELDS = ("norm1_weight", "norm1_bias", "conv1_weight", "norm2_weight
 
 _LAYERS = ", ".join(f"Tensor[] {field}" for field in _LIST_FIELDS)
 _LAYER_OPTIONS = (
-    "bool[] norm1_batch_stats, float[] norm1_eps, bool[] norm2_batch_stats, float[] norm2_eps, float drop_rate"
+    "bool[] norm1_batch_stats, float[] norm1_eps, bool[] norm2_batch_stats, float[] norm2_eps, float drop_rate,"
+    " str group"
 )
 _NORM = "Tensor norm_weight, Tensor norm_bias, Tensor norm_mean, Tensor norm_var"
-_NORM_OPTIONS = "float eps, bool batch_stats"
+_NORM_OPTIONS = "float eps, bool batch_stats, str group"
 
 _SCHEMAS = {
-    "channel_stats": "(Tensor x, *, str backend) -> (Tensor, Tensor)",
+    "channel_stats": "(Tensor x, *, str group, str backend) -> (Tensor, Tensor)",
     "dense_block": f"(Tensor x, {_LAYERS}, *, {_LAYER_OPTIONS}, ScalarType dtype, bool save_bottleneck, str backend)"
     " -> (Tensor, Tensor[], Tensor, Tensor, Tensor, Tensor)",
     "dense_block_backward": "(Tensor grad_out, Tensor out, Tensor[] bottleneck, Tensor mean, Tensor var,"
@@ -67,10 +69,13 @@ for _name, _schema in _SCHEMAS.items():
 # -- what users of the ops call -----------------------------------------------------------------------------
 
 
-def channel_stats(x: Tensor, *, backend: str) -> ChannelStats:
-    """Mean and biased variance of each channel of [N, C, H, W], in the accumulator dtype; not differentiable."""
+def channel_stats(x: Tensor, *, backend: str, group: str = "") -> ChannelStats:
+    """Mean and biased variance of each channel of [N, C, H, W], in the accumulator dtype; not differentiable.
+
+    ``group``: name of a process group over all of whose x they are taken.
+    """
     _check(x.dim() == 4, "channel_stats: x must be [N, C, H, W], got shape %s", x.shape)
-    return ChannelStats(*torch.ops.fastdense.channel_stats(x.detach(), backend=backend))
+    return ChannelStats(*torch.ops.fastdense.channel_stats(x.detach(), group=group, backend=backend))
 
 
 def dense_block(
@@ -129,9 +134,7 @@ def transition(x: Tensor, norm: Norm, conv_weight: Tensor, *, dtype: torch.dtype
         conv_weight.shape,
     )
     _check(x.shape[2] > 1 and x.shape[3] > 1, "transition: H and W must be at least 2, got shape %s", x.shape)
-    return torch.ops.fastdense.transition(
-        x, *norm[:4], conv_weight, eps=norm.eps, batch_stats=norm.batch_stats, dtype=dtype, backend=backend
-    )
+    return torch.ops.fastdense.transition(x, *norm[:4], conv_weight, **_options(norm), dtype=dtype, backend=backend)
 
 
 def stem_tail(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
@@ -140,7 +143,7 @@ def stem_tail(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
     [N, C, H, W] -> [N, C, ceil(H/2), ceil(W/2)] of x's dtype, dense channels-last.
     """
     _check_norm("stem_tail", x, norm)
-    return torch.ops.fastdense.stem_tail(x, *norm[:4], eps=norm.eps, batch_stats=norm.batch_stats, backend=backend)
+    return torch.ops.fastdense.stem_tail(x, *norm[:4], **_options(norm), backend=backend)
 
 
 def head(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
@@ -149,12 +152,16 @@ def head(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
     [N, C, H, W] -> [N, C] of x's dtype.
     """
     _check_norm("head", x, norm)
-    return torch.ops.fastdense.head(x, *norm[:4], eps=norm.eps, batch_stats=norm.batch_stats, backend=backend)
+    return torch.ops.fastdense.head(x, *norm[:4], **_options(norm), backend=backend)
 
 
 def _flattened(layers: DenseLayers) -> tuple[list[list[Tensor]], dict[str, Any]]:
     """The ops' positional and keyword arguments."""
     return list(layers[: len(_LIST_FIELDS)]), dict(zip(_PLAIN_FIELDS, layers[len(_LIST_FIELDS) :], strict=True))
+
+
+def _options(norm: Norm) -> dict[str, Any]:
+    return dict(zip(Norm._fields[4:], norm[4:], strict=True))
 
 
 def _check(condition: bool, message: str, *shapes: torch.Size) -> None:
@@ -221,8 +228,11 @@ def _implement(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 @_implement("channel_stats")
-def _channel_stats(kernels: Any, x: Tensor) -> Any:
-    return tuple(kernels.channel_stats(x))
+def _channel_stats(kernels: Any, x: Tensor, group: str) -> Any:
+    stats = kernels.channel_stats(x)
+    if group:
+        Group(group, x.shape[0] * x.shape[2] * x.shape[3], x.device).merge(stats)
+    return tuple(stats)
 
 
 @_implement("dense_block")
@@ -257,9 +267,9 @@ def _dense_block_backward(
 
 
 @_implement("transition")
-def _transition(kernels: Any, x: Tensor, *args: Tensor, eps: float, batch_stats: bool, dtype: torch.dtype) -> Any:
+def _transition(kernels: Any, x: Tensor, *args: Tensor, dtype: torch.dtype, **options: Any) -> Any:
     *norm, conv_weight = args
-    return kernels.transition(x, Norm(*norm, eps, batch_stats), conv_weight, dtype)
+    return kernels.transition(x, Norm(*norm, **options), conv_weight, dtype)
 
 
 @_implement("transition_backward")
@@ -268,41 +278,39 @@ def _transition_backward(
     grad_out: Tensor,
     x: Tensor,
     *args: Tensor,
-    eps: float,
-    batch_stats: bool,
     dtype: torch.dtype,
     need_weight: bool,
+    **options: Any,
 ) -> Any:
     *norm, conv_weight = args
-    norm_ = Norm(*norm, eps, batch_stats)
-    return tuple(kernels.transition_backward(grad_out, x, norm_, conv_weight, dtype, need_weight))
+    return tuple(kernels.transition_backward(grad_out, x, Norm(*norm, **options), conv_weight, dtype, need_weight))
 
 
 @_implement("stem_tail")
-def _stem_tail(kernels: Any, x: Tensor, *norm: Tensor, eps: float, batch_stats: bool) -> Any:
-    return kernels.stem_tail(x, Norm(*norm, eps, batch_stats))
+def _stem_tail(kernels: Any, x: Tensor, *norm: Tensor, **options: Any) -> Any:
+    return kernels.stem_tail(x, Norm(*norm, **options))
 
 
 @_implement("stem_tail_backward")
-def _stem_tail_backward(kernels: Any, grad_out: Tensor, x: Tensor, *norm: Tensor, eps: float, batch_stats: bool) -> Any:
-    return tuple(kernels.stem_tail_backward(grad_out, x, Norm(*norm, eps, batch_stats)))
+def _stem_tail_backward(kernels: Any, grad_out: Tensor, x: Tensor, *norm: Tensor, **options: Any) -> Any:
+    return tuple(kernels.stem_tail_backward(grad_out, x, Norm(*norm, **options)))
 
 
 @_implement("head")
-def _head(kernels: Any, x: Tensor, *norm: Tensor, eps: float, batch_stats: bool) -> Any:
-    return kernels.head(x, Norm(*norm, eps, batch_stats))
+def _head(kernels: Any, x: Tensor, *norm: Tensor, **options: Any) -> Any:
+    return kernels.head(x, Norm(*norm, **options))
 
 
 @_implement("head_backward")
-def _head_backward(kernels: Any, grad_out: Tensor, x: Tensor, *norm: Tensor, eps: float, batch_stats: bool) -> Any:
-    return tuple(kernels.head_backward(grad_out, x, Norm(*norm, eps, batch_stats)))
+def _head_backward(kernels: Any, grad_out: Tensor, x: Tensor, *norm: Tensor, **options: Any) -> Any:
+    return tuple(kernels.head_backward(grad_out, x, Norm(*norm, **options)))
 
 
 # -- fakes: shapes, dtypes and strides without the values ----------------------------------------------------
 
 
 @torch.library.register_fake("fastdense::channel_stats")
-def _(x: Tensor, *, backend: str) -> Any:
+def _(x: Tensor, *, group: str, backend: str) -> Any:
     dtype = accumulator_dtype(x.dtype)
     return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
 

@@ -22,8 +22,8 @@ A backend is a module with the functions
 
 taking and returning the types below. Every function is pure: it changes no argument and returns fresh
 tensors, a forward's not views. Statistics and all accumulators are of ``accumulator_dtype``; statistics are
-those of the values as stored. What a forward returns for its backward has the layouts given here for every
-backend.
+those of the values as stored and, where a group is named, of those of all its processes (:mod:`.group`). What
+a forward returns for its backward has the layouts given here for every backend.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Norm(NamedTuple):
     var: Tensor  # [C], biased
     eps: float
     batch_stats: bool  # mean and var depend on the input, so the backward differentiates through them
+    group: str = ""  # name of the process group whose batches mean and var are of; this process's alone if empty
 
 
 class DenseLayers(NamedTuple):
@@ -87,6 +88,7 @@ class DenseLayers(NamedTuple):
     norm2_batch_stats: list[bool]
     norm2_eps: list[float]
     drop_rate: float
+    group: str = ""  # as of Norm
 
     @property
     def keep_scale(self) -> float:
@@ -133,6 +135,7 @@ class DenseLayers(NamedTuple):
             batch.var[:channels] if use_batch else self.norm1_running_var[layer],
             self.norm1_eps[layer],
             use_batch,
+            self.group,
         )
 
     def norm2(self, layer: int, batch: ChannelStats) -> Norm:
@@ -145,6 +148,7 @@ class DenseLayers(NamedTuple):
             batch.var if use_batch else self.norm2_running_var[layer],
             self.norm2_eps[layer],
             use_batch,
+            self.group,
         )
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from ctypes import Array, c_void_p, sizeof
+from collections.abc import Callable, Sequence
+from ctypes import Array, addressof, c_float, c_void_p, sizeof
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..contract import Norm
+from ..contract import ChannelStats, Norm
+from ..group import Group
 from . import library
-from .library import DTYPES, Library, NormArgs, WeightArgs
+from .library import DTYPES, Library, NormArgs, Share, WeightArgs
 
 
 def loaded() -> Library:
@@ -90,3 +92,38 @@ class Weights:
             arg.data, arg.dtype = w.data_ptr(), DTYPES[w.dtype]
             arg.out, arg.in_, arg.size, _ = w.shape
             arg.stride_out, arg.stride_in, arg.stride_h, arg.stride_w = w.stride()
+
+
+class Shares:
+    """A group as kernels call it, from the thread that called them.
+
+    Attributes:
+        merge, add_up: the group's; null for a process on its own.
+    """
+
+    def __init__(self, group: Group | None):
+        self._error: BaseException | None = None
+        self.merge = self.add_up = Share()
+        if group is not None:
+            self.merge = self._callback(lambda mean, var: group.merge(ChannelStats(mean, var)))
+            self.add_up = self._callback(group.add_up)
+
+    def check(self) -> None:
+        """Raise what a call raised, which cannot pass through C++."""
+        if self._error is not None:
+            raise self._error
+
+    def _callback(self, function: Callable[[Tensor, Tensor], None]) -> Any:
+        def call(first: Any, second: Any, channels: int) -> None:
+            if self._error is None:
+                try:
+                    function(_floats(first, channels), _floats(second, channels))
+                except BaseException as error:
+                    self._error = error
+
+        return Share(call)
+
+
+def _floats(pointer: Any, count: int) -> Tensor:
+    """[count], float32, in memory of the kernel's."""
+    return torch.frombuffer((c_float * count).from_address(addressof(pointer.contents)), dtype=torch.float32)

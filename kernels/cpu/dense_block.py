@@ -13,8 +13,9 @@ from ..contract import (
     DenseLayers,
     empty_channels_last,
 )
+from ..group import join
 from ..portable.batch_norm import cast, laid_out_as, zero_stats
-from .arguments import Norms, Weights, loaded, pixels, pointers
+from .arguments import Norms, Shares, Weights, loaded, pixels, pointers
 from .library import DTYPES, DenseBlockArgs, TrainingArgs, TrainingLayerArgs
 from .packing import packed
 
@@ -159,6 +160,8 @@ class _Training:
             for masks in (layers.bottleneck_mask, layers.growth_mask)
         ]
         self._output = output
+        n, _, h, w = output.out.shape
+        self._shares = Shares(join(layers.group, n * h * w, output.out.device))
         self._layers = (TrainingLayerArgs * num_layers)()
         for i, args in enumerate(self._layers):
             args.norm1, args.batch1 = self._norm1.array[i], norm1[i].batch_stats
@@ -178,6 +181,8 @@ class _Training:
             bottleneck_mean=output.bottleneck_mean.data_ptr(),
             bottleneck_var=output.bottleneck_var.data_ptr(),
             keep_scale=layers.keep_scale,
+            merge=self._shares.merge,
+            add_up=self._shares.add_up,
             store=DTYPES[output.out.dtype],
             compute=DTYPES[dtype],
         )
@@ -196,3 +201,4 @@ class _Training:
         for field, value in more.items():
             setattr(self._args, field, value)
         loaded().run(name, self._args)
+        self._shares.check()

@@ -10,7 +10,19 @@ import ctypes
 import functools
 import os
 from collections.abc import Sequence
-from ctypes import POINTER, Array, Structure, c_char_p, c_double, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import (
+    CFUNCTYPE,
+    POINTER,
+    Array,
+    Structure,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int32,
+    c_int64,
+    c_uint64,
+    c_void_p,
+)
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +39,10 @@ _VARIABLE = "FASTDENSE_CPU_ISA"
 def _fields(*groups: tuple[Any, str]) -> Any:
     """A struct's fields, from types and the names of those that have them."""
     return [(name, kind) for kind, names in groups for name in names.split()]
+
+
+Share = CFUNCTYPE(None, POINTER(c_float), POINTER(c_float), c_int64)
+"""As in ``src/abi.h``."""
 
 
 class NormArgs(Structure):
@@ -102,6 +118,7 @@ class TrainingArgs(Structure):
         (c_void_p, "mean var bottleneck_mean bottleneck_var grad_out grad dx"),
         (c_int64, "first_layer"),
         (c_double, "keep_scale"),
+        (Share, "merge add_up"),
         (c_int32, "keeps_bottlenecks dx_dtype store compute threads"),
     )
 
@@ -115,6 +132,7 @@ class PointwiseGradArgs(Structure):
         (NormArgs, "norm"),
         (WeightArgs, "conv"),
         (c_void_p, "norm_weight norm_bias conv_weight"),
+        (Share, "add_up"),
         (c_int32, "batch store compute threads"),
     )
 

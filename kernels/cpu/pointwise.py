@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..contract import ChannelStats, Norm, NormGrads, TransitionGrads, empty_channels_last
+from ..group import join
 from ..portable.batch_norm import cast, laid_out_as
-from .arguments import Norms, Weights, loaded, pixels
+from .arguments import Norms, Shares, Weights, loaded, pixels
 from .library import DTYPES, PointwiseGradArgs, PoolArgs, StatsArgs, TransitionArgs
 from .packing import packed
 
@@ -126,6 +127,7 @@ def _backward(name: str, grad_out: Tensor, x: Tensor, norm: Norm, **others: obje
     source, norms = pixels(x, x.dtype), Norms.of([norm], torch.float32)
     dx = empty_channels_last((n, c, h, w), x.dtype, x.device)
     dweight, dbias = (x.new_empty(c, dtype=torch.float32) for _ in range(2))
+    shares = Shares(join(norm.group if norm.batch_stats else "", n * h * w, x.device))
     loaded().run(
         name,
         PointwiseGradArgs(
@@ -139,9 +141,11 @@ def _backward(name: str, grad_out: Tensor, x: Tensor, norm: Norm, **others: obje
             norm=norms.array[0],
             norm_weight=dweight.data_ptr(),
             norm_bias=dbias.data_ptr(),
+            add_up=shares.add_up,
             batch=norm.batch_stats,
             store=DTYPES[x.dtype],
             **others,
         ),
     )
+    shares.check()
     return NormGrads(dx, cast(dweight, norm.weight.dtype), cast(dbias, norm.bias.dtype))

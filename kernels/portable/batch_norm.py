@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..contract import ChannelStats, Norm, NormGrads, accumulator_dtype
+from ..group import Group, join
 from .chunks import Chunk, Scratch, chunks
 
 
@@ -40,11 +41,16 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def laid_out_as(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """A parameter's gradient in the parameter's dtype and strides, so that accumulating it moves nothing."""
+    """A parameter's gradient in the parameter's dtype and strides, so that accumulating it moves nothing.
+
+    Also in the strides of dimensions of one element, which mean nothing, but which DistributedDataParallel compares.
+    """
     gradient = cast(gradient, parameter.dtype)
+    if gradient.stride() == parameter.stride():
+        return gradient
     strides = zip(gradient.shape, gradient.stride(), parameter.stride(), strict=True)
     if all(ours == theirs for size, ours, theirs in strides if size > 1):
-        return gradient
+        return gradient.as_strided(parameter.shape, parameter.stride())
     return torch.empty_like(parameter).copy_(gradient)
 
 
@@ -139,10 +145,18 @@ def add_up(sums: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return s1, s2
 
 
-def norm_backward(da: Tensor, x: Tensor, vectors: Affine, batch_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+def norm_backward(
+    da: Tensor, x: Tensor, vectors: Affine, batch_stats: bool, group: Group | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """dx, s1 and s2 of dense [N, C, H, W] of the accumulator dtype."""
     if not batch_stats:
         return da * vectors.scale[:, None, None], *norm_sums(da, x, vectors)
+    if group is not None:
+        s1, s2 = norm_sums(da, x, vectors)
+        n, _, h, w = x.shape
+        through = correction(s1, s2, vectors, n * h * w)
+        group.add_up(through.p, through.q)
+        return images(input_gradient(rows(da), vectors.scale, rows(x), through), n, h, w), s1, s2
     dx, s2, s1 = _norm_backward(da, x, vectors, [True, True, True])
     return dx, s1, s2
 
@@ -208,6 +222,9 @@ def norm_relu_backward(dz: Callable[[Chunk, Tensor], Tensor], x: Tensor, norm: N
         sums.append(norm_sums(part, images(x_chunk, *chunk.shape), vectors))
     s1, s2 = add_up(sums)
     through = correction(s1, s2, vectors, len(source)) if norm.batch_stats else None
+    group = join(norm.group, len(source), x.device) if through else None
+    if through and group:
+        group.add_up(through.p, through.q)
     for chunk in parts:
         out = scratch("x", chunk.pixels, channels)
         dx[chunk.rows] = input_gradient(da[chunk.rows], vectors.scale, source[chunk.rows], through, out)

@@ -34,6 +34,7 @@ from ..contract import (
     accumulator_dtype,
     empty_channels_last,
 )
+from ..group import Group, join
 from .batch_norm import (
     Affine,
     Correction,
@@ -162,10 +163,11 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
     bottleneck_stats = zero_stats((layers.num_layers, layers.bottleneck_channels), store, x.device)
     share_stats = any(layers.norm1_batch_stats)
     bottleneck: list[Tensor] = []
+    group = join(layers.group, len(shared), x.device)
 
     shared[:, :c0] = rows(x)
     if share_stats:
-        _store(stats, slice(0, c0), channel_stats(x))
+        _store(stats, slice(0, c0), channel_stats(x), group)
     for layer in range(layers.num_layers):
         channels = c0 + layer * layers.growth_rate
         parts = chunks((n, channels, h, w), x.device)
@@ -175,13 +177,13 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
             hidden, hidden_stats = block.bottleneck(layer, affine(norm, block.acc)).forward(source, parts, use_batch)
             if save_bottleneck:
                 bottleneck.append(hidden)
-            _store(bottleneck_stats, layer, hidden_stats)
+            _store(bottleneck_stats, layer, hidden_stats, group)
             source, norm = hidden, layers.norm2(layer, _at(bottleneck_stats, layer))
         new = slice(channels, channels + layers.growth_rate)
         _, new_stats = block.growth(layer, affine(norm, block.acc)).forward(
             source, parts, share_stats, out=shared[:, new]
         )
-        _store(stats, new, new_stats)
+        _store(stats, new, new_stats, group)
 
     return DenseBlockOutput(out, bottleneck, *stats, *bottleneck_stats)
 
@@ -237,6 +239,7 @@ def dense_block_backward(
     grad = torch.empty((n, h, w, channels), dtype=acc, device=device).copy_(grad_out.permute(0, 2, 3, 1))
     grad = grad.view(count, channels)  # G, raw
     use_batch = any(layers.norm1_batch_stats)
+    group = join(layers.group, count, device)
     through = Correction(stats.mean, torch.zeros_like(stats.mean), torch.zeros_like(stats.mean))  # P and Q
     one = torch.ones((), dtype=acc, device=device)
     first_layer = needs.first_layer()
@@ -247,6 +250,8 @@ def dense_block_backward(
     def true_gradients(channels: slice, parts: list[Chunk]) -> Iterator[Tensor]:
         """G + P + Q * (x - mean) of some channels, chunk by chunk: [n, k, h, w]."""
         part = Correction(*(vector[channels] for vector in through)) if use_batch else None
+        if part and group:
+            group.add_up(part.p, part.q)
         for chunk in parts:
             raw, x = grad[chunk.rows, channels], shared[chunk.rows, channels]
             yield images(input_gradient(raw, one, x, part), *chunk.shape)
@@ -268,6 +273,7 @@ def dense_block_backward(
                 images(cast(hidden, acc), n, h, w),
                 norms2[layer],
                 layers.norm2_batch_stats[layer],
+                group,
             )
             dys = (dh[chunk.images] for chunk in parts)
             grads.norm2_weight[layer] = cast(s2, layers.norm2_weight[layer].dtype)
@@ -301,9 +307,12 @@ def dense_block_backward(
     return grads._replace(x=dx)
 
 
-def _store(stats: ChannelStats, where: slice | int, values: ChannelStats | None) -> None:
-    if values is not None:
-        stats.mean[where], stats.var[where] = values
+def _store(stats: ChannelStats, where: slice | int, values: ChannelStats | None, group: Group | None) -> None:
+    if values is None:
+        return
+    if group is not None:
+        group.merge(values)
+    stats.mean[where], stats.var[where] = values
 
 
 def _at(stats: ChannelStats, layer: int) -> ChannelStats:

@@ -24,6 +24,7 @@ from ..contract import (
     Norm,
     empty_channels_last,
 )
+from ..group import join
 from ..portable.batch_norm import affines, rows, zero_stats
 from .block_infer import block_infer, fits
 from .conv1x1 import bn_relu_conv1x1_fwd
@@ -46,9 +47,10 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
     share_stats = any(layers.norm1_batch_stats)
     weights1, weights3 = packed_weights(layers, dtype)
     bottleneck: list[Tensor] = []
+    group = join(layers.group, len(shared), x.device)
 
     copy_stats_fwd(x, shared[:, :c0], partials if share_stats else None)
-    vectors = merge_for(layers.norm1(0, stats), stats, partials if share_stats else None)
+    vectors = merge_for(layers.norm1(0, stats), stats, partials if share_stats else None, group=group)
     for layer in range(count):
         channels = c0 + layer * k
         source = shared[:, :channels]
@@ -64,15 +66,17 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
                 keep=kept(layers.bottleneck_mask, layer), keep_scale=layers.keep_scale,
                 stats=partials if wanted else None,
             )  # fmt: skip
-            source, vectors = hidden, merge_for(layers.norm2(layer, own), own, partials if wanted else None)
+            source = hidden
+            vectors = merge_for(layers.norm2(layer, own), own, partials if wanted else None, group=group)
         bn_relu_conv3x3_fwd(
             source, vectors, weights3[layer], shared[:, channels : channels + k], (h, w),
             keep=kept(layers.growth_mask, layer), keep_scale=layers.keep_scale, stats=partials if share_stats else None,
         )  # fmt: skip
         if layer + 1 < count:
-            vectors = merge_for(layers.norm1(layer + 1, stats), stats, partials if share_stats else None, channels)
+            norm = layers.norm1(layer + 1, stats)
+            vectors = merge_for(norm, stats, partials if share_stats else None, channels, group)
         elif share_stats:
-            merge(stats, partials, channels)
+            merge(stats, partials, channels, group)
     return DenseBlockOutput(out, bottleneck, *stats, *bottleneck_stats)
 
 

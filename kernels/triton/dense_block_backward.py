@@ -25,6 +25,7 @@ from ..contract import (
     DenseLayers,
     empty_channels_last,
 )
+from ..group import join
 from ..portable.batch_norm import Affine, affines, laid_out_as, rows
 from .conv1x1 import bn_relu_conv1x1_bwd, bn_relu_conv1x1_fwd
 from .conv3x3 import bn_relu_conv3x3_wgrad, conv3x3_dgrad
@@ -60,6 +61,7 @@ def dense_block_backward(
     )
     weights1, weights3 = packed_weights(layers, dtype)
     sums = Partials(device)
+    group = join(layers.group, count, device)
     grads = _empty(layers, needs, grad_out)
 
     for layer in reversed(range(needs.first_layer(), layers.num_layers)):
@@ -67,6 +69,8 @@ def dense_block_backward(
         source, norm1 = shared[:, :channels], norms1[layer]
         new = slice(channels, channels + k)
         dy = torch.empty((count, k), dtype=dtype, device=device)
+        if group is not None and any(layers.norm1_batch_stats):
+            group.add_up(correction[0, new], correction[1, new])
         true_gradient(
             raw[:, new], shared[:, new], stats.mean[new], (correction[0, new], correction[1, new]), dy,
             keep=kept(layers.growth_mask, layer), keep_scale=layers.keep_scale,
@@ -86,6 +90,8 @@ def dense_block_backward(
                 sums, count, norm2.scale, norm2.rstd, grads.norm2_weight[layer], grads.norm2_bias[layer],
                 (own[0], own[1]), batch=layers.norm2_batch_stats[layer], add=False,
             )  # fmt: skip
+            if group is not None and layers.norm2_batch_stats[layer]:
+                group.add_up(own[0], own[1])
             if needs.conv2[layer]:
                 grads.conv2_weight[layer] = _growth_gradient(dy, hidden, norm2, (h, w), layers.conv2_weight[layer])
             dw = bn_relu_conv1x1_bwd(
@@ -108,6 +114,8 @@ def dense_block_backward(
         c0 = layers.input_channels
         dx = empty_channels_last((n, c0, h, w), x_dtype, device)
         p, q = correction[:, :c0]
+        if group is not None and any(layers.norm1_batch_stats):
+            group.add_up(p, q)
         true_gradient(raw[:, :c0], shared[:, :c0], stats.mean[:c0], (p, q), rows(dx))
         grads = grads._replace(x=dx)
     return grads

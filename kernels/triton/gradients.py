@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contract import Norm, NormGrads, empty_channels_last
+from ..group import join
 from ..portable.batch_norm import Affine
 from . import tuning
 from .statistics import Partials
@@ -161,6 +162,9 @@ def two_pass_backward(
 
     launch(True)
     norm_sums(sums, m, vectors.scale, vectors.rstd, dweight, dbias, (p, q), batch=norm.batch_stats, add=False)
+    group = join(norm.group, m, x.device) if norm.batch_stats else None
+    if group is not None:
+        group.add_up(p, q)
     launch(False)
     return NormGrads(dx, dweight, dbias)
 

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contract import ChannelStats, Norm
+from ..group import Group
 from . import tuning
 from .launch import on_device
 from .tile_math import store_tile_stats
@@ -138,9 +139,12 @@ def _finalise_kernel(
         tl.store(shift_ptr + offs_c, bias - mean * scale, mask=mask_c)
 
 
-def merge(stats: ChannelStats, partials: Partials, first: int = 0) -> None:
-    """Merge what ``partials`` hold into channels ``first`` and on of ``stats``."""
+def merge(stats: ChannelStats, partials: Partials, first: int = 0, group: Group | None = None) -> None:
+    """Merge what ``partials`` hold, and the group's processes, into channels ``first`` and on of ``stats``."""
     _finalise(stats, partials, first, None)
+    if group is not None:
+        new = slice(first, first + partials.channels)
+        group.merge(ChannelStats(stats.mean[new], stats.var[new]))
 
 
 def norm_vectors(norm: Norm) -> Vectors:
@@ -148,13 +152,18 @@ def norm_vectors(norm: Norm) -> Vectors:
     return merge_for(norm, ChannelStats(norm.mean, norm.var), None)
 
 
-def merge_for(norm: Norm, stats: ChannelStats, partials: Partials | None, first: int = 0) -> Vectors:
+def merge_for(
+    norm: Norm, stats: ChannelStats, partials: Partials | None, first: int = 0, group: Group | None = None
+) -> Vectors:
     """:func:`merge`, where there are ``partials``, and the vectors of the norm that reads next.
 
     Args:
         norm: as :class:`fastdense.kernels.contract.DenseLayers` gives it: its statistics lie in ``stats``, or
             are its running ones.
     """
+    if partials is not None and group is not None:
+        merge(stats, partials, first, group)
+        partials = None
     vectors = Vectors(*torch.empty((2, len(norm.weight)), dtype=torch.float32, device=norm.weight.device))
     _finalise(stats, partials, first, (norm, vectors))
     return vectors
@@ -167,7 +176,7 @@ def _finalise(stats: ChannelStats, partials: Partials | None, first: int, norm: 
         norm_mean, norm_var, weight, bias = *stats, *stats
         vectors, channels, eps, running = Vectors(*stats), 0, 0.0, False
     else:
-        (weight, bias, norm_mean, norm_var, eps, use_batch), vectors = norm
+        (weight, bias, norm_mean, norm_var, eps, use_batch, _), vectors = norm
         channels, running = len(weight), not use_batch
     rows, tiles, block, new = merged
     config = tuning.merge(tiles)

@@ -14,6 +14,9 @@ enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain,
                                 void (*f)(int64_t begin, int64_t end, void* context), void* context);
 
+// Makes a group of processes' of what one has, in place: a mean and a variance, or a correction's p and q.
+using Share = void (*)(float* first, float* second, int64_t channels);
+
 // One BatchNorm: the vectors and their common dtype.
 struct Norm {
   const void* weight;
@@ -95,6 +98,7 @@ struct TrainingArgs {
   void* dx;         // backward: that of x, of `dx_dtype`; null where it is not wanted
   int64_t first_layer;     // backward: the lowest layer that is wanted
   double keep_scale;       // what dropout multiplies kept values by
+  Share merge, add_up;     // of statistics, of corrections; null for a process on its own
   int32_t keeps_bottlenecks;
   int32_t dx_dtype, store, compute, threads;
 };
@@ -110,6 +114,7 @@ struct PointwiseGradArgs {
   float* norm_weight;
   float* norm_bias;
   float* conv_weight;    // null where it is not wanted
+  Share add_up;          // null for a process on its own
   int32_t batch, store, compute, threads;
 };
 

@@ -56,6 +56,7 @@ void norm_relu_backward(const PointwiseGradArgs& p, const Team& team, const Norm
   float* const through_p = through.data();
   float* const through_q = through_p + padded;
   norm_gradients(sums, norm, rows * p.width, c, padded, p.norm_weight, p.norm_bias, through_p, through_q);
+  if (p.batch && p.add_up != nullptr) p.add_up(through_p, through_q, c);
   team.run(rows, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       for_each(row, [&](int64_t at, int64_t v, int64_t exist, Vector value, Vector da) {

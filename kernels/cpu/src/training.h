@@ -95,18 +95,23 @@ class TrainingBlock {
     for (int64_t i = p_.layers; i-- > p_.first_layer;) {
       const TrainingLayer& layer = p_.layer[i];
       arriving_ = i == p_.layers - 1 ? p_.grad_out : p_.grad;
+      add_up_through(channels(i), p_.growth_rate);
       norm1_.set(layer.norm1, channels(i), padded<Word>(channels(i)));
       if (hidden_ > 0) {
         if (!p_.keeps_bottlenecks) make_bottleneck(i, false);
         norm2_.set(layer.norm2, hidden_, hidden_padded_);
         shrink(i, static_cast<const Round*>(layer.bottleneck), hidden_, hidden_, norm2_);
+        if (layer.batch2 && p_.add_up != nullptr)
+          p_.add_up(own_through_.data(), own_through_.data() + hidden_padded_, hidden_);
         undo_bottleneck(i);
       } else {
         shrink(i, x_, channels_, channels(i), norm1_);
       }
     }
     arriving_ = p_.grad;
-    if (p_.dx != nullptr) make_dx();
+    if (p_.dx == nullptr) return;
+    add_up_through(0, p_.input_channels);
+    make_dx();
   }
 
  private:
@@ -128,7 +133,7 @@ class TrainingBlock {
         if (shares_statistics_) statistics_.add(segment, x, rows, c0);
       }
     });
-    if (shares_statistics_) statistics_.finish(p_.mean, p_.var);
+    if (shares_statistics_) finish_statistics(p_.mean, p_.var, c0);
   }
 
   void make_bottleneck(int64_t i, bool with_statistics) {
@@ -154,7 +159,7 @@ class TrainingBlock {
         if (with_statistics) statistics_.add(segment, h + first * hidden_, rows, hidden_);
       }
     });
-    if (with_statistics) statistics_.finish(p_.bottleneck_mean + i * hidden_, p_.bottleneck_var + i * hidden_);
+    if (with_statistics) finish_statistics(p_.bottleneck_mean + i * hidden_, p_.bottleneck_var + i * hidden_, hidden_);
   }
 
   // The 3x3 of a layer, from c channels of `source`, to the new channels of X.
@@ -181,10 +186,21 @@ class TrainingBlock {
           statistics_.add(segment, y + pixel(place, 0, 0) * channels_, window.rows() * p_.width, channels_);
       }
     });
-    if (shares_statistics_) statistics_.finish(p_.mean + channels(i), p_.var + channels(i));
+    if (shares_statistics_) finish_statistics(p_.mean + channels(i), p_.var + channels(i), p_.growth_rate);
+  }
+
+  void finish_statistics(float* mean, float* var, int64_t c) {
+    statistics_.finish(mean, var);
+    if (p_.merge != nullptr) p_.merge(mean, var, c);
   }
 
   // -- backward -------------------------------------------------------------------------------------------------
+
+  // P and Q of channels whose gradient is consumed next.
+  void add_up_through(int64_t first, int64_t count) {
+    float* const p = through_.data() + first;
+    if (shares_statistics_ && p_.add_up != nullptr) p_.add_up(p, p + through_.size() / 2, count);
+  }
 
   // The 3x3 of a layer backwards: to da of its bottleneck, or without one to G; its norm's gradients.
   template <class Source>

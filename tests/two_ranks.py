@@ -1,0 +1,134 @@
+"""What each of two processes does in test_distributed.py: torchrun runs this file with a case and a folder for results.
+
+Every case trains one step on unequal shares of a batch and saves what this rank saw of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import _functional_collectives as functional
+
+import fastdense
+
+IMAGES, FIRST_SHARE = 5, 3
+
+
+def network(name: str) -> fastdense.FastDenseNet:
+    """The networks of the cases, of the same weights in every process."""
+    torch.manual_seed(0)
+    if name == "densenet121":
+        return fastdense.densenet121(num_classes=5)
+    arguments: dict[str, Any] = dict(growth_rate=8, block_config=(2, 3), num_init_features=16, num_classes=5)
+    if name == "plain":
+        arguments |= dict(bn_size=None, small_inputs=True)
+    if name == "memory_efficient":
+        arguments |= dict(memory_efficient=True)
+    return fastdense.FastDenseNet(**arguments)
+
+
+def batch(size: int) -> tuple[Tensor, Tensor]:
+    """All images [5, 3, size, size] and the gradients of their outputs [5, 5]."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(IMAGES, 3, size, size, generator=generator) * torch.linspace(0.5, 2, IMAGES).view(-1, 1, 1, 1)
+    return x, torch.randn(IMAGES, 5, generator=generator)
+
+
+def share(values: Tensor, rank: int) -> Tensor:
+    """One rank's part: three images, two images."""
+    return values[:FIRST_SHARE] if rank == 0 else values[FIRST_SHARE:]
+
+
+class Traffic:
+    """Bytes that this process hands to collectives."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        for module, name in ((dist, "all_gather"), (dist, "all_reduce"), (functional, "all_reduce")):
+            setattr(module, name, self._counting(getattr(module, name), 1 if "gather" in name else 0))
+        fastdense.modules.all_reduce = functional.all_reduce
+
+    def _counting(self, function: Any, position: int) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.bytes += args[position].nbytes
+            return function(*args, **kwargs)
+
+        return call
+
+
+TRAFFIC = Traffic()
+
+
+def sync(folder: str, name: str, backend: str, size: int, dtype: str, rank: int) -> dict[str, Any]:
+    """SyncBatchNorm over both processes, of a network whose state lies in the folder."""
+    model = network(name)
+    model.load_state_dict(torch.load(Path(folder, f"{name}-{size}.pt")))
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    TRAFFIC.bytes = 0
+    x, grad = (share(values, rank) for values in batch(size))
+    x = x.clone().requires_grad_()
+    with fastdense.use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+        out = model(x)
+        out.backward(grad.to(out.dtype))
+    grads = {key: parameter.grad for key, parameter in model.named_parameters()}
+    sent = TRAFFIC.bytes
+    for each in grads.values():
+        dist.all_reduce(each)
+    buffers = dict(model.named_buffers())
+    return dict(out=out.detach(), x=x.grad, grads=grads, buffers=buffers, bytes=sent)
+
+
+def empty(rank: int) -> dict[str, Any]:
+    """A share without images is refused on its rank, before anything is sent."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(network("small"))
+    try:
+        model.features.denseblock1(torch.zeros(0, 16, 8, 8)) if rank else None
+    except ValueError as error:
+        return dict(error=str(error))
+    return {}
+
+
+def fsdp(rank: int) -> dict[str, Any]:
+    """A step of sharded parameters, beside the same step of whole ones."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, whole = network("small"), network("small")
+    mesh = init_device_mesh("cpu", (2,))
+    for stage in model.features.children():
+        if isinstance(stage, fastdense.FastDenseBlock | fastdense.FastTransition):
+            fully_shard(stage, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    x, grad = (share(values, rank) for values in batch(32))
+    model(x).backward(grad)
+    whole(x).backward(grad)
+    sharded = {key: parameter.grad.full_tensor() for key, parameter in model.named_parameters()}
+    for parameter in whole.parameters():
+        dist.all_reduce(parameter.grad)
+    mean = {key: parameter.grad / 2 for key, parameter in whole.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.step()
+    return dict(sharded=sharded, whole=mean, finite=bool(model(x).isfinite().all()))
+
+
+def main() -> None:
+    case, folder, *arguments = sys.argv[1:]
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.set_num_threads(1)
+    if case == "sync":
+        for each in arguments:
+            name, backend, size, dtype = each.split(",")
+            torch.save(sync(folder, name, backend, int(size), dtype, rank), Path(folder, f"{each}-{rank}.pt"))
+    else:
+        torch.save({"empty": empty, "fsdp": fsdp}[case](rank), Path(folder, f"{case}-{rank}.pt"))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
