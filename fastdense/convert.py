@@ -147,7 +147,7 @@ def _refusal(module: nn.Module) -> str | None:
             original = original.cpu().double()
         for part in original.modules():
             if type(part) is nn.SyncBatchNorm:
-                part.__class__ = nn.BatchNorm2d  # no other process runs the probe
+                part.__class__ = nn.BatchNorm2d  # type: ignore[assignment]  # no other process runs the probe
     except Exception as error:  # whatever a user's tensors and hooks may raise
         return f"it cannot be copied to be checked: {error}"
     fast = copy.deepcopy(original)

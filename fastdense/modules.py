@@ -18,7 +18,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.distributed._functional_collectives import all_reduce
 from torch.nn.modules import module as nn_module
 
 from . import backends, ops, reference
@@ -38,7 +37,7 @@ class BatchStats(NamedTuple):
 
     mean: Tensor  # [C]
     var: Tensor  # [C], biased
-    count: int | Tensor  # values of a channel
+    pixels: int | Tensor  # values of a channel
     group: str  # of the processes whose batches they are of, "" for this one alone
 
 
@@ -89,7 +88,9 @@ class FastDenseBlock(reference.DenseBlock):
                 norms.append(layer.norm2)
                 stats.append(ChannelStats(result.bottleneck_mean[i], result.bottleneck_var[i]))
         _update_running_stats(norms, stats, count)
-        return result.out, BatchStats(*shared, count, layers.group) if any(layers.norm1_batch_stats) else None
+        return result.out, BatchStats(shared.mean, shared.var, count, layers.group) if any(
+            layers.norm1_batch_stats
+        ) else None
 
     def _layers(self) -> list[reference.DenseLayer]:
         return cast(list[reference.DenseLayer], list(self.values()))
@@ -376,9 +377,9 @@ def _uses_batch_stats(norm: BatchNorm) -> bool:
 
 def _group_of(norm: BatchNorm) -> str:
     """The name of the process group over whose batches a norm takes its statistics; "" for this process's alone."""
-    if type(norm) is not nn.SyncBatchNorm or not norm.training or not dist.is_initialized():
+    if type(norm) is not nn.SyncBatchNorm or not norm.training or not (dist.is_available() and dist.is_initialized()):
         return ""
-    group = dist.group.WORLD if norm.process_group is None else norm.process_group
+    group = cast(dist.ProcessGroup, norm.process_group or dist.group.WORLD)
     return group.group_name if dist.get_world_size(group) > 1 else ""
 
 
@@ -411,8 +412,9 @@ def _norm_for(norm: BatchNorm, x: Tensor, stats: BatchStats | None, backend: str
     group = _group_of(norm)
     if stats is None or stats.group != group:
         count = _count(x, group)
-        stats = BatchStats(*ops.channel_stats(x, backend=backend, group=group), count, group)
-    _update_running_stats([norm], [ChannelStats(stats.mean, stats.var)], stats.count)
+        mean, var = ops.channel_stats(x, backend=backend, group=group)
+        stats = BatchStats(mean, var, count, group)
+    _update_running_stats([norm], [ChannelStats(stats.mean, stats.var)], stats.pixels)
     return Norm(*_affine(norm, x), stats.mean, stats.var, norm.eps, True, group)
 
 
@@ -420,7 +422,10 @@ def _count(x: Tensor, group: str) -> int | Tensor:
     """Values of a channel in a batch, or in those of a group's processes: then float64, on x's device."""
     count = x.shape[0] * x.shape[2] * x.shape[3]
     if group:
-        return all_reduce(torch.tensor(float(count), dtype=torch.float64, device=x.device), "sum", group)
+        from torch.distributed import _functional_collectives as functional  # not every build has it
+
+        own = torch.tensor(float(count), dtype=torch.float64, device=x.device)
+        return functional.all_reduce(own, "sum", group)  # type: ignore[arg-type]  # a name
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     return count

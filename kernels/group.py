@@ -25,7 +25,7 @@ class Group:
     """This process among those of a process group, for one op; made by :func:`join`."""
 
     def __init__(self, name: str, pixels: int, device: torch.device):
-        self._group = dist.distributed_c10d._resolve_process_group(name)
+        self._group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
         counts = self._gathered(torch.tensor([float(pixels)], dtype=torch.float64, device=device)).flatten()
         self._shares = counts / counts.sum()
         self._share = self._shares[dist.get_rank(self._group)]

@@ -312,7 +312,7 @@ class FolderImages:
         return len(self._files.samples)
 
     def training(self, steps: Sequence[Step], rank: int, world: int, parts: int) -> Iterator[list[Part]]:
-        batches = [
+        batches: list[list[tuple[int, int | None]]] = [
             [(int(position), seed_of(step.seed, int(position))) for position in part]
             for step in steps
             for part in share(step.positions, rank, world, parts)

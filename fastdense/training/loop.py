@@ -140,7 +140,9 @@ class _Run:
         self.shared = ranks.share_model(self.model, config.fsdp, config.sync_bn)
         self.optimizer = _optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
-        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        self.ema: AveragedModel | None = None
+        if config.ema:
+            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
         self.first_epoch, self.best = 0, -1.0
         self.last_row: dict[str, Any] = {}
         if content is not None:
@@ -216,7 +218,7 @@ class _Run:
             found += torch.stack([loss.detach(), (logits.detach().argmax(1) == y).sum()])
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if config.ema:
+        if self.ema is not None:
             self.ema.update_parameters(self.model)
         return found
 
@@ -225,7 +227,7 @@ class _Run:
         images, positions = self.data.test, torch.arange(len(self.data.test))
         if len(self.held_out):
             images, positions = self.data.train, self.held_out
-        model = self.shared if self.config.fsdp else self.ema.module if self.config.ema else self.model
+        model = self.shared if self.config.fsdp else self.ema.module if self.ema else self.model
         options: dict[str, Any] = dict(
             batch=self.config.eval_batch, amp=self.config.amp, channels_last=self.config.channels_last
         )
@@ -238,11 +240,11 @@ class _Run:
         content = checkpoint.description(self.network, self.data.classes, self.data.preprocess) | dict(
             config=self.config.as_dict(), epoch=next_epoch, best=self.best, row=self.last_row, model=model
         )
-        if self.config.ema:
-            content["ema"] = self.ema.module.state_dict()
+        if self.ema is not None:
+            content |= dict(ema=self.ema.module.state_dict(), averaged=self.ema.n_averaged)
         if is_best:
             checkpoint.save(self.folder / BEST, content)
-        content |= dict(optimizer=optimizer, scaler=self.scaler.state_dict(), averaged=self.ema.n_averaged)
+        content |= dict(optimizer=optimizer, scaler=self.scaler.state_dict())
         checkpoint.save(self.folder / LAST, content)
 
     def _states(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -270,7 +272,7 @@ class _Run:
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
-        if self.config.ema:
+        if self.ema is not None:
             self.ema.module.load_state_dict(content["ema"])
             self.ema.n_averaged.copy_(content["averaged"])
         self.first_epoch, self.best, self.last_row = content["epoch"], content["best"], content["row"]

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -66,8 +67,8 @@ class Ranks:
     def agree_on_buffers(self, model: nn.Module) -> None:
         """Have the first rank's running statistics on all: without SyncBatchNorm, each has those of its images."""
         if self.world > 1:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
+            for tensor in model.buffers():
+                dist.broadcast(tensor, 0)
 
     def agree(self, value: str) -> str:
         """The first rank's value on all."""
@@ -81,8 +82,8 @@ def accumulating(model: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Around a forward and backward: gradients are exchanged in the ``last`` part of a step alone."""
     if isinstance(model, nn.parallel.DistributedDataParallel) and not last:
         return model.no_sync()
-    if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(last)
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+        cast(Any, model).set_requires_gradient_sync(last)
     return nullcontext()
 
 
