@@ -159,7 +159,7 @@ _PEERS = (
 )
 
 _PROGRAMS = (
-    Program("densenet_bc_22_12", epochs=40, seeds=3),
+    Program("densenet_bc_22_24", epochs=60, seeds=3),
     Program("densenet_bc_100_12", epochs=14, seeds=3),
     Program("densenet121", epochs=14, seeds=3),
 )
@@ -173,7 +173,7 @@ SUITES = {
         batches=(4, 8, 16, 24),
         sizes=(64, 128, 192, 256),
         roofline=((DENSENET121, 4),),
-        programs=(Program("densenet_bc_22_12", epochs=5, seeds=1),),
+        programs=(Program("densenet_bc_22_24", epochs=5, seeds=1),),
     ),
     "peers": Suite(meetings=_PEERS, seconds=10, fewest_rounds=6, memory_of_meetings=True, bfloat16_on_cpu=True),
     "scaling": Suite(

@@ -17,7 +17,7 @@ from ..backends import names
 _CIFAR = dict(arch="densenet_bc_100_12", epochs=300, batch=64, size=32)
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "digits": dict(arch="densenet_bc_22_12", epochs=40, batch=64, size=8),
+    "digits": dict(arch="densenet_bc_22_24", epochs=60, batch=64, size=8),
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
     "svhn": _CIFAR | dict(epochs=40, augment=False),
