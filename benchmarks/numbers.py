@@ -13,6 +13,7 @@ fails where they differ, and where a measured quantity stands in a text without 
 ``table:RUN:MODE``                                    all contenders of a run
 ``memory:RUN:MODE``                                   their peaks
 ``roofline:RUN``                                      each part's time over its floor
+``curves:RUN``                                        how naive and fast learnt, and how long it took
 ``traffic:MODE:WHO``                                  what the passes over memory move, MB an image, by formula
 ``report:MODE``                                       a GPU's time an image that ``make kernel-report`` predicts, us
 and those of :mod:`~fastdense.benchmarks.scaling_numbers`
@@ -28,6 +29,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from . import figures
@@ -181,6 +183,20 @@ def _roofline(run: str) -> str:
     return "\n".join([*lines, ""])
 
 
+def _curves(run: str) -> str:
+    """A line a program and contender: the least and the most of its seeds."""
+    lines = ["", "| | | test accuracy | last losses | a step | a run |", "|---" * 6 + "|"]
+    for row in _run(run)["training"]:
+        for name, runs in row["runs"].items():
+            accuracies, ends = [r["test_accuracy"][-1] for r in runs], row[f"{name}_ends"]
+            step_ms, seconds = (median(r[what] for r in runs) for what in ("step_ms", "seconds"))
+            lines.append(
+                f"| {row['title']} | {name} | {min(accuracies):.1%} to {max(accuracies):.1%} "
+                f"| {min(ends):.4f} to {max(ends):.4f} | {three_digits(step_ms)} ms | {seconds:.0f} s |"
+            )
+    return "\n".join([*lines, ""])
+
+
 _KINDS: dict[str, Callable[..., str]] = {
     "ms": _ms,
     "x": _ratio,
@@ -191,6 +207,7 @@ _KINDS: dict[str, Callable[..., str]] = {
     "table": _table,
     "memory": _memory,
     "roofline": _roofline,
+    "curves": _curves,
     "traffic": _traffic,
     "report": _report,
 }

@@ -61,7 +61,7 @@ def compare(program: Program, device: str, begin: Callable[[str, float], None]) 
 def _train(config: Config, device: str) -> dict[str, Any]:
     start = time.perf_counter()
     rows: list[dict[str, Any]] = []
-    loop.train(config, Ranks(0, 1, torch.device(device)), None, observe=rows.append)
+    loop.train(config, Ranks(0, 1, torch.device(device)), None, quiet=True, observe=rows.append)
     epochs = [row for row in rows if "eval_accuracy" in row]
     return {
         "seed": config.seed,

@@ -19,6 +19,7 @@ from .models import (
     densenet_cifar,
 )
 from .modules import FallbackWarning, FastDenseBlock, FastTransition
+from .weights import Loaded, load_weights
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "FastDenseNet",
     "FastTransition",
     "Finding",
+    "Loaded",
     "Status",
     "__version__",
     "convert",
@@ -45,6 +47,7 @@ __all__ = [
     "densenet_bc_250_24",
     "densenet_cifar",
     "explain",
+    "load_weights",
     "reference",
     "status",
     "to_reference",

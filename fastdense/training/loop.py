@@ -322,14 +322,7 @@ def _freeze(model: FastDenseNet, count: int) -> list[nn.Module]:
 
 def _begin_with(model: FastDenseNet, source: str, arch: str) -> None:
     """Load weights; a classifier for other classes is left as initialised."""
-    if Path(source).is_file():
-        try:
-            content = checkpoint.load(source)
-            state_dict = content.get("ema") or content["model"]
-        except ValueError:
-            state_dict, _ = weights.fetch(source, arch)
-    else:
-        state_dict, _ = weights.fetch(source, arch)
+    state_dict, _ = weights.fetch(source, arch)
     head = {f"classifier.{name}" for name in ("weight", "bias")}
     if state_dict["classifier.weight"].shape != model.classifier.weight.shape:
         state_dict = {name: value for name, value in state_dict.items() if name not in head}

@@ -52,7 +52,9 @@ class Ranks:
                     fully_shard(stage, mesh=mesh)
             return fully_shard(model, mesh=mesh)  # type: ignore[return-value]
         devices = [self.device] if self.device.type == "cuda" else None
-        shared = nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        shared = nn.parallel.DistributedDataParallel(
+            model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=not sync_bn
+        )
         if sync_bn:  # DDP takes hold of tensors, and refuses stock SyncBatchNorms on CPUs, where they do not run
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return shared
