@@ -364,7 +364,7 @@ def _roofline(rows: list[Row], environment: Row) -> Figure:
 
 def _training(training: list[Row], environment: Row) -> Figure:
     """Every program's loss curves on top of each other, of every seed, and how far apart those of a seed are."""
-    figure = _figure(11, 1.5 + 3.6 * len(training), "Trained on handwritten digits, naive and fast", environment)
+    figure = _figure(14, 1.5 + 3.6 * len(training), "Trained on handwritten digits, naive and fast", environment)
     rows = figure.subplots(len(training), 2, squeeze=False, width_ratios=(3, 2))
     for (left, right), row in zip(rows, training, strict=True):
         for name, width, alpha in ((NAIVE.name, 4, 0.35), (FAST.name, 1.0, 1.0)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,17 +39,96 @@ class FastDenseNet(reference.DenseNet):
     transition_class = FastTransition
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(self.features) is not nn.Sequential or hooked(self.features):
+        if self._is_rebuilt():
             return super().forward(x)
-        stages = list(self.features.children())
+        x, stats, norm = self._through_stages(x)
+        if norm is not None:
+            return self.classifier(head(norm, x, stats))
+        return self.forward_head(F.relu(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """What the head pools: the last features, normalised and through the ReLU, [N, num_features, H', W']."""
+        if self._is_rebuilt():
+            return F.relu(self.features(x))
+        x, _, norm = self._through_stages(x)
+        return F.relu(x if norm is None else norm(x))
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """What :meth:`forward_features` returned -> [N, num_classes], or the pooled [N, num_features]."""
+        pooled = torch.flatten(F.adaptive_avg_pool2d(features, (1, 1)), 1)
+        return pooled if pre_logits else self.classifier(pooled)
+
+    def forward_intermediates(self, x: Tensor, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """The outputs of stages and of layers in one forward, differentiable.
+
+        Args:
+            x: [N, in_channels, H, W].
+            names: of children of ``features``, such as ``"denseblock2"`` or ``"transition1"``, and of layers, such as
+                ``"denseblock2.denselayer3"``: the channels that it added, [N, k, H', W'], a view of its block's
+                output. Default: every dense block.
+
+        Returns:
+            The outputs by name, in the order of the forward. What goes through a fused op as a whole, such as a stem's
+            ``norm0``, has none of its own; the last norm is of the head and does not run.
+
+        Raises:
+            ValueError: a name is none of these.
+        """
+        blocks = {name: block for name, block in self.features.named_children() if isinstance(block, FastDenseBlock)}
+        wanted = set(blocks if names is None else names)
+        passed: list[str] = []
+        found: dict[str, Tensor] = {}
+
+        def visit(name: str, out: Tensor) -> None:
+            outputs = {name: out}
+            if name in blocks:
+                new = [layer.growth_conv.out_channels for layer in blocks[name].layers()]
+                parts = out.split([out.shape[1] - sum(new), *new], 1)[1:]
+                outputs |= {f"{name}.{layer}": part for layer, part in zip(blocks[name], parts, strict=True)}
+            passed.extend(outputs)
+            found.update({name: out for name, out in outputs.items() if name in wanted})
+
+        self._through_stages(x, visit)
+        if len(found) < len(wanted):
+            unknown = ", ".join(sorted(wanted - set(found)))
+            raise ValueError(f"no intermediate {unknown}; there are {', '.join(passed)}")
+        return found
+
+    @property
+    def num_features(self) -> int:
+        """Channels that the head pools."""
+        return next(m for m in reversed(list(self.features.children())) if isinstance(m, BatchNorm)).num_features
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new classifier for ``num_classes``, where the old one is; for 0 none: the pooled features come out."""
+        weight = next(self.parameters())
+        classifier: nn.Module = nn.Identity()
+        if num_classes:
+            classifier = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
+            nn.init.zeros_(classifier.bias)
+        self.add_module("classifier", classifier)
+
+    def _is_rebuilt(self) -> bool:
+        """The features are not a plain sequence any more, and are called as a whole."""
+        return type(self.features) is not nn.Sequential or hooked(self.features) is not None
+
+    def _through_stages(
+        self, x: Tensor, visit: Callable[[str, Tensor], None] | None = None
+    ) -> tuple[Tensor, BatchStats | None, BatchNorm | None]:
+        """Through all stages but a norm at the end, which comes back with its input and the statistics of that.
+
+        ``visit`` is told the name and the output of every stage, of some that are fused only the last.
+        """
+        stages = list(self.features.named_children())
         stats: BatchStats | None = None  # of x, where known
         channels_last = is_channels_last(x)  # as the reference's features would be; ours always are
         while stages:
-            stage = stages.pop(0)
+            name, stage = stages.pop(0)
             if isinstance(stage, BatchNorm) and not stages:
-                return self.classifier(head(stage, x, stats))
-            if isinstance(stage, BatchNorm) and [type(s) for s in stages[:2]] == [nn.ReLU, nn.MaxPool2d]:
-                x, stats = stem_tail(stage, stages.pop(0), stages.pop(0), x), None
+                return x, stats, stage
+            if isinstance(stage, BatchNorm) and [type(s) for _, s in stages[:2]] == [nn.ReLU, nn.MaxPool2d]:
+                (_, relu), (name, pool) = stages.pop(0), stages.pop(0)
+                x, stats = stem_tail(stage, relu, pool, x), None
             elif isinstance(stage, FastDenseBlock) and not hooked(stage):
                 x, stats = stage.forward_with_stats(x, channels_last)
             elif isinstance(stage, FastTransition) and not hooked(stage):
@@ -56,7 +136,9 @@ class FastDenseNet(reference.DenseNet):
             else:
                 x, stats = stage(x), None
                 channels_last = is_channels_last(x)
-        return self.classifier(torch.flatten(F.adaptive_avg_pool2d(F.relu(x), (1, 1)), 1))
+            if visit is not None:
+                visit(name, x)
+        return x, stats, None
 
 
 def densenet_cifar(

@@ -65,7 +65,7 @@ class FastDenseBlock(reference.DenseBlock):
         ``channels_last``: the reference's features would have that layout, even if x's does not say so.
         """
         backend = _fast_backend(self, x, self._obstacle)
-        if backend is None or not _stock_computes(x, self._layers()[0].norm1, self._layers()[0].conv1.weight):
+        if backend is None or not _stock_computes(x, self.layers()[0].norm1, self.layers()[0].conv1.weight):
             return super().forward(x), None
         layers = self._gather(x, channels_last)
         dtype = _conv_dtype(x, layers.conv1_weight[0])
@@ -75,12 +75,12 @@ class FastDenseBlock(reference.DenseBlock):
         if not needs_grad and not uses_batch and not layers.growth_mask:
             return ops.dense_block_inference(x, layers, dtype=dtype, backend=backend), None
 
-        keep = needs_grad and not self._layers()[0].memory_efficient
+        keep = needs_grad and not self.layers()[0].memory_efficient
         result = ops.dense_block(x, layers, dtype=dtype, save_bottleneck=keep, backend=backend)
         shared = ChannelStats(result.mean, result.var)
         norms: list[BatchNorm] = []
         stats: list[ChannelStats] = []
-        for i, layer in enumerate(self._layers()):
+        for i, layer in enumerate(self.layers()):
             channels = layer.norm1.num_features
             norms.append(layer.norm1)
             stats.append(ChannelStats(shared.mean[:channels], shared.var[:channels]))
@@ -92,12 +92,13 @@ class FastDenseBlock(reference.DenseBlock):
             layers.norm1_batch_stats
         ) else None
 
-    def _layers(self) -> list[reference.DenseLayer]:
+    def layers(self) -> list[reference.DenseLayer]:
+        """In the order of the forward."""
         return cast(list[reference.DenseLayer], list(self.values()))
 
     def _gather(self, x: Tensor, channels_last: bool) -> DenseLayers:
         """The layers' parameters, and the dropout masks in the order and layout of the reference."""
-        layers = self._layers()
+        layers = self.layers()
         first = layers[0]
         parts = [cast(dict[str, Any], layer._modules) for layer in layers]
         norms1 = [part["norm1"] for part in parts]
@@ -127,7 +128,7 @@ class FastDenseBlock(reference.DenseBlock):
         """Why the op would not reproduce the layers' forward, or ``None``."""
         if not len(self):
             return "it has no layers"
-        layers = self._layers()
+        layers = self.layers()
         first = layers[0]
         parts = ["norm1", "relu1", "conv1"] + (["norm2", "relu2", "conv2"] if first.has_bottleneck else [])
         settings = _settings(first)
