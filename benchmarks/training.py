@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdense.training import Config, loop
+from fastdense.training import loop
+from fastdense.training.config import Config
 from fastdense.training.ranks import Ranks
 
 BACKENDS = {"naive": "reference", "fast": "auto"}

@@ -21,7 +21,9 @@ from torch import Tensor
 
 import fastdense
 from fastdense import cli
-from fastdense.training import Config, Diverged, checkpoint, data, log, loop
+from fastdense.training import checkpoint, data, log, loop
+from fastdense.training.config import Config
+from fastdense.training.loop import Diverged
 from fastdense.training.ranks import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

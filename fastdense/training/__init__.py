@@ -14,8 +14,3 @@
 A step depends on the configuration, the epoch and the step's number alone: its images, augmentations and random
 numbers are seeded by them. So a run that was killed goes on, from the last checkpoint, to the same bits.
 """
-
-from .config import Config
-from .loop import Diverged, train
-
-__all__ = ["Config", "Diverged", "train"]

@@ -10,12 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from . import checkpoint, config, data, loop
+from . import config
 from .config import Config
-from .predict import predict
-from .ranks import ranks
 
 _NOT_THE_RUN = ("device", "threads", "workers", "root", "download")
 """Options that change nothing of what is computed: a run may be resumed with others."""
@@ -75,6 +71,9 @@ def _add_option(command: argparse.ArgumentParser, name: str, about: Any) -> None
 
 
 def _train(arguments: argparse.Namespace, _: list[str]) -> int:
+    from . import checkpoint, loop
+    from .ranks import ranks
+
     given = _given(arguments)
     if arguments.resume:
         fixed = sorted(set(given) - set(_NOT_THE_RUN))
@@ -118,7 +117,11 @@ def _json(values: dict[str, Any]) -> str:
 
 
 def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int:
+    import torch
+
     from .. import backends
+    from . import checkpoint, data, loop
+    from .ranks import ranks
 
     content = checkpoint.load(arguments.checkpoint)
     chosen = Config.of(content["config"], _given(arguments))
@@ -148,6 +151,9 @@ def _predict(arguments: argparse.Namespace, _: list[str]) -> int:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+
+    from . import checkpoint
+    from .predict import predict
 
     if arguments.top < 1:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
