@@ -47,7 +47,6 @@ setup(
         "fastdense.kernels.cpu": "kernels/cpu",
         "fastdense.kernels.portable": "kernels/portable",
         "fastdense.kernels.triton": "kernels/triton",
-        "fastdense.training": "fastdense/training",
         "fastdense.benchmarks": "benchmarks",
     },
     include_package_data=False,  # the sources of the CPU kernels stay behind

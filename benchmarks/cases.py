@@ -161,7 +161,7 @@ _PEERS = (
 _PROGRAMS = (
     Program("densenet_bc_22_24", epochs=60, seeds=3),
     Program("densenet_bc_100_12", epochs=14, seeds=3),
-    Program("densenet121", epochs=14, seeds=3),
+    Program("densenet121", epochs=14, seeds=3, epoch_s=6),
 )
 """``fastdense train`` as it is without options; and 322 steps each of the two programs for CIFAR-10."""
 

@@ -29,7 +29,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from . import figures
@@ -37,6 +36,7 @@ from . import results as results_module
 from .contenders import FAST, MODES
 from .results import three_digits
 from .scaling_numbers import NUMBERS
+from .training import summaries
 
 Row = dict[str, Any]
 
@@ -187,12 +187,11 @@ def _curves(run: str) -> str:
     """A line a program and contender: the least and the most of its seeds."""
     lines = ["", "| | | test accuracy | last losses | a step | a run |", "|---" * 6 + "|"]
     for row in _run(run)["training"]:
-        for name, runs in row["runs"].items():
-            accuracies, ends = [r["test_accuracy"][-1] for r in runs], row[f"{name}_ends"]
-            step_ms, seconds = (median(r[what] for r in runs) for what in ("step_ms", "seconds"))
+        for name, found in summaries(row).items():
             lines.append(
-                f"| {row['title']} | {name} | {min(accuracies):.1%} to {max(accuracies):.1%} "
-                f"| {min(ends):.4f} to {max(ends):.4f} | {three_digits(step_ms)} ms | {seconds:.0f} s |"
+                f"| {row['title']} | {name} | {min(found.accuracies):.1%} to {max(found.accuracies):.1%} "
+                f"| {min(found.ends):.4f} to {max(found.ends):.4f} | {three_digits(found.step_ms)} ms "
+                f"| {found.seconds:.0f} s |"
             )
     return "\n".join([*lines, ""])
 

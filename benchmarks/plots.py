@@ -39,6 +39,7 @@ from .contenders import (
     TIMM,
 )
 from .results import three_digits
+from .training import summaries
 
 Row = dict[str, Any]
 
@@ -372,21 +373,20 @@ def _training(training: list[Row], environment: Row) -> Figure:
                 losses = _smoothed(np.array(run["loss"]))
                 epochs = np.linspace(0, row["epochs"], len(losses))
                 left.semilogy(epochs, losses, color=_COLOURS[name], lw=width, alpha=alpha)
-        seconds = {name: np.median([run["seconds"] for run in row["runs"][name]]) for name in row["runs"]}
-        accuracy = {name: [run["test_accuracy"][-1] for run in row["runs"][name]] for name in row["runs"]}
+        found = summaries(row)
         text = [
-            f"{name}: {min(accuracy[name]):.1%} to {max(accuracy[name]):.1%}, {seconds[name]:.0f} s" for name in seconds
+            f"{name}: {min(own.accuracies):.1%} to {max(own.accuracies):.1%}, {own.seconds:.0f} s"
+            for name, own in found.items()
         ]
         left.annotate(
             "\n".join(["test accuracy, time of a run", *text]),
             (0.98, 0.95), xycoords="axes fraction", ha="right", va="top",
         )  # fmt: skip
         left.set(title=row["title"], xlabel="epoch", ylabel="training loss")
-        ends = [np.array(row[f"{name}_ends"]) for name in (NAIVE.name, FAST.name)]
-        for at, (name, values) in enumerate(zip((NAIVE.name, FAST.name), ends, strict=True)):
-            right.plot(values, np.full(len(values), at), "o", color=_COLOURS[name], ms=9, alpha=0.7)
+        for at, (name, own) in enumerate(found.items()):
+            right.plot(own.ends, np.full(len(own.ends), at), "o", color=_COLOURS[name], ms=9, alpha=0.7)
         right.set(xlabel="loss of the last steps, a dot a seed", yticks=(0, 1), ylim=(-0.6, 1.6))
-        right.set_yticklabels((NAIVE.name, FAST.name))
+        right.set_yticklabels(found)
     _legend(
         figure, [NAIVE.name, FAST.name], "the same seeds: a difference starts as a rounding, which training amplifies"
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from . import results as results_module
 from .contenders import FAST, MODES, NAIVE, NAIVE_AND_FAST
+from .training import summaries
 
 Row = dict[str, Any]
 
@@ -50,15 +50,12 @@ def headline(results: Row) -> str:
 
 def training_lines(results: Row) -> Iterator[str]:
     """How each contender learnt, and how long it took."""
-    for row in results["training"]:
-        for name, runs in row["runs"].items():
-            accuracies = [run["test_accuracy"][-1] for run in runs]
-            ends = row[f"{name}_ends"]
-            step_ms, seconds = (median(run[what] for run in runs) for what in ("step_ms", "seconds"))
+    for row in results["training"] or []:
+        for name, found in summaries(row).items():
             yield (
-                f"{row['title']}, {name}, {len(runs)} seeds: last losses {min(ends):.4f} to {max(ends):.4f}, "
-                f"test accuracy {min(accuracies):.1%} to {max(accuracies):.1%}, "
-                f"{step_ms:.1f} ms a step, {seconds:.0f} s"
+                f"{row['title']}, {name}, {len(found.ends)} seeds: last losses {min(found.ends):.4f} to "
+                f"{max(found.ends):.4f}, test accuracy {min(found.accuracies):.1%} to {max(found.accuracies):.1%}, "
+                f"{found.step_ms:.1f} ms a step, {found.seconds:.0f} s"
             )
 
 

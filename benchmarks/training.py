@@ -19,7 +19,7 @@ from fastdense.training.config import Config
 from fastdense.training.ranks import Ranks
 
 BACKENDS = {"naive": "reference", "fast": "auto"}
-LAST_STEPS = 50  # over whose losses the end of a run is averaged
+_LAST_STEPS = 50  # over whose losses the end of a run is averaged
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Program:
     arch: str
     epochs: int
     seeds: int
+    epoch_s: float = 1.5
+    """About how long an epoch takes on two cores."""
 
     @property
     def title(self) -> str:
@@ -37,7 +39,7 @@ class Program:
     @property
     def expected_seconds(self) -> float:
         """Of one run, on two cores."""
-        return self.epochs * (6.0 if self.arch == "densenet121" else 1.5)
+        return self.epochs * self.epoch_s
 
     def config(self, contender: str, seed: int, device: str) -> Config:
         return Config.of(
@@ -55,26 +57,45 @@ def compare(program: Program, device: str, begin: Callable[[str, float], None]) 
         for name in BACKENDS:
             begin(f"training: {program.title}, {name}, seed {seed}", program.expected_seconds)
             runs[name].append(_train(program.config(name, seed, device), device))
-    row = {"arch": program.arch, "title": program.title, "epochs": program.epochs, "runs": runs}
-    return row | {f"{name}_ends": [_end(run) for run in runs[name]] for name in runs}
+    return {"arch": program.arch, "title": program.title, "epochs": program.epochs, "runs": runs}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A contender's runs of a program, an entry a seed; milliseconds of a step and seconds of a run are medians."""
+
+    accuracies: list[float]
+    ends: list[float]
+    """The mean losses of the last steps."""
+    step_ms: float
+    seconds: float
+
+
+def summaries(row: dict[str, Any]) -> dict[str, Summary]:
+    """Of each contender, from a row of the results."""
+    return {
+        name: Summary(
+            [run["test_accuracy"][-1] for run in runs],
+            [float(np.mean(run["loss"][-_LAST_STEPS:])) for run in runs],
+            float(np.median([run["step_ms"] for run in runs])),
+            float(np.median([run["seconds"] for run in runs])),
+        )
+        for name, runs in row["runs"].items()
+    }
 
 
 def _train(config: Config, device: str) -> dict[str, Any]:
     start = time.perf_counter()
     rows: list[dict[str, Any]] = []
     loop.train(config, Ranks(0, 1, torch.device(device)), None, quiet=True, observe=rows.append)
+    seconds = time.perf_counter() - start
+    losses = [row["loss"] for row in rows if "loss" in row]
     epochs = [row for row in rows if "eval_accuracy" in row]
+    steps_per_epoch = len(losses) / len(epochs)
     return {
         "seed": config.seed,
-        "loss": [row["loss"] for row in rows if "loss" in row],
+        "loss": losses,
         "test_accuracy": [row["eval_accuracy"] for row in epochs],
-        "seconds": time.perf_counter() - start,
-        "step_ms": 1000
-        * float(np.median([row["seconds"] for row in epochs]))
-        * len(epochs)
-        / (len(rows) - len(epochs)),
+        "seconds": seconds,
+        "step_ms": 1000 * float(np.median([row["seconds"] for row in epochs])) / steps_per_epoch,
     }
-
-
-def _end(run: dict[str, Any]) -> float:
-    return float(np.mean(run["loss"][-LAST_STEPS:]))

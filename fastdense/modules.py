@@ -8,6 +8,7 @@ after one warning, so nothing is silently bypassed.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -88,9 +89,8 @@ class FastDenseBlock(reference.DenseBlock):
                 norms.append(layer.norm2)
                 stats.append(ChannelStats(result.bottleneck_mean[i], result.bottleneck_var[i]))
         _update_running_stats(norms, stats, count)
-        return result.out, BatchStats(shared.mean, shared.var, count, layers.group) if any(
-            layers.norm1_batch_stats
-        ) else None
+        made = BatchStats(shared.mean, shared.var, count, layers.group)
+        return result.out, made if any(layers.norm1_batch_stats) else None
 
     def layers(self) -> list[reference.DenseLayer]:
         """In the order of the forward."""
@@ -103,6 +103,7 @@ class FastDenseBlock(reference.DenseBlock):
         parts = [cast(dict[str, Any], layer._modules) for layer in layers]
         norms1 = [part["norm1"] for part in parts]
         norms2 = [part["norm2"] for part in parts] if first.has_bottleneck else []
+        batch1, batch2 = ([_uses_batch_stats(norm) for norm in norms] for norms in (norms1, norms2))
         bottleneck_mask, growth_mask = [], []
         if first.drop_rate > 0 and first.training:
             for layer in layers:
@@ -116,12 +117,12 @@ class FastDenseBlock(reference.DenseBlock):
             [part["conv2"]._parameters["weight"] for part in parts] if first.has_bottleneck else [],
             bottleneck_mask,
             growth_mask,
-            [_uses_batch_stats(norm) for norm in norms1],
+            batch1,
             [norm.eps for norm in norms1],
-            [_uses_batch_stats(norm) for norm in norms2],
+            batch2,
             [norm.eps for norm in norms2],
             first.drop_rate,
-            next(iter(_groups(norms1 + norms2)), ""),
+            next((_group_of(norm) for norm in itertools.compress(norms1 + norms2, batch1 + batch2)), ""),
         )
 
     def _obstacle(self) -> str | None:
@@ -132,6 +133,7 @@ class FastDenseBlock(reference.DenseBlock):
         first = layers[0]
         parts = ["norm1", "relu1", "conv1"] + (["norm2", "relu2", "conv2"] if first.has_bottleneck else [])
         settings = _settings(first)
+        norms: list[BatchNorm] = []
         for name, layer in zip(self, layers, strict=True):
             if type(layer) is not reference.DenseLayer:
                 return f"{name} is a {type(layer).__name__}"
@@ -140,7 +142,8 @@ class FastDenseBlock(reference.DenseBlock):
             obstacle = _hooked(layer) or _obstacle_in(layer, parts)
             if obstacle:
                 return f"{name}: {obstacle}"
-        if len(_groups([getattr(layer, name) for layer in layers for name in parts if name.startswith("norm")])) > 1:
+            norms += [cast(BatchNorm, layer._modules[part]) for part in parts[::3]]
+        if len(_groups(norms)) > 1:
             return "its norms take their statistics over different processes"
         return None
 

@@ -32,6 +32,7 @@ _RENAMED = (
     (re.compile(r"^features\.norm_final\."), "features.norm5."),
 )
 _NOT_WEIGHTS = ("op_threshs",)
+_MAY_BE_ABSENT = ("num_batches_tracked", *_NOT_WEIGHTS)
 _CONTAINERS = ("state_dict", "ema", "model")  # of a checkpoint, in this order
 
 
@@ -55,7 +56,8 @@ class Loaded:
         parts = [f"{self.tensors} tensors loaded"]
         if self.renamed:
             parts.append(f"{len(self.renamed)} of other names, such as {' as '.join(self.renamed[0])}")
-        parts += [f"{what} {', '.join(names)}" for what, names in (("ignored", self.ignored),) if names]
+        if self.ignored:
+            parts.append(f"ignored {', '.join(self.ignored)}")
         if self.kept:
             parts.append(f"{len(self.kept)} counts of batches kept")
         return "; ".join(parts)
@@ -83,12 +85,12 @@ def load_weights(model: nn.Module, source: Mapping[str, Any] | str | os.PathLike
         if name in theirs:
             raise ValueError(f"weights: {theirs[name]} and {key} are the same tensor, {name}")
         theirs[name] = key
-    left = [key for name, key in theirs.items() if name not in by_name]
-    ignored = [key for key in left if canonical(key) in _NOT_WEIGHTS]
-    absent = [key for name, key in by_name.items() if name not in theirs]
-    kept = [key for key in absent if key.endswith("num_batches_tracked") or canonical(key) in _NOT_WEIGHTS]
-    wrong = [f"missing: {key}" for key in absent if key not in kept]
-    wrong += [f"left over: {key}" for key in left if key not in ignored]
+    left = theirs.keys() - by_name.keys()
+    absent = by_name.keys() - theirs.keys()
+    ignored = [key for name, key in theirs.items() if name in left and name in _NOT_WEIGHTS]
+    kept = [key for name, key in by_name.items() if name in absent and name.endswith(_MAY_BE_ABSENT)]
+    wrong = [f"missing: {key}" for name, key in by_name.items() if name in absent and key not in kept]
+    wrong += [f"left over: {key}" for name, key in theirs.items() if name in left and key not in ignored]
     pairs = {by_name[name]: key for name, key in theirs.items() if name in by_name}
     wrong += [
         f"{key} is {list(state_dict[theirs_key].shape)}, and the model's {list(ours[key].shape)}"

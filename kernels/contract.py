@@ -60,7 +60,7 @@ class Norm(NamedTuple):
     var: Tensor  # [C], biased
     eps: float
     batch_stats: bool  # mean and var depend on the input, so the backward differentiates through them
-    group: str = ""  # name of the process group whose batches mean and var are of; this process's alone if empty
+    group: str = ""  # the process group whose batches mean and var are of; "" for this process's, or running ones
 
 
 class DenseLayers(NamedTuple):
@@ -88,7 +88,7 @@ class DenseLayers(NamedTuple):
     norm2_batch_stats: list[bool]
     norm2_eps: list[float]
     drop_rate: float
-    group: str = ""  # as of Norm
+    group: str = ""  # of all norms that use the batch's statistics, as of Norm
 
     @property
     def keep_scale(self) -> float:
@@ -135,7 +135,6 @@ class DenseLayers(NamedTuple):
             batch.var[:channels] if use_batch else self.norm1_running_var[layer],
             self.norm1_eps[layer],
             use_batch,
-            self.group,
         )
 
     def norm2(self, layer: int, batch: ChannelStats) -> Norm:
@@ -148,7 +147,6 @@ class DenseLayers(NamedTuple):
             batch.var if use_batch else self.norm2_running_var[layer],
             self.norm2_eps[layer],
             use_batch,
-            self.group,
         )
 
 

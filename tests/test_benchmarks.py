@@ -21,7 +21,7 @@ pytest.importorskip("matplotlib", reason="needs the packages of fastdense[bench]
 pytest.importorskip("sklearn", reason="needs the packages of fastdense[bench]")
 
 from fastdense import images, parity
-from fastdense.benchmarks import cases, compare, contenders, memory, plots, report, run, tables, timing
+from fastdense.benchmarks import cases, compare, contenders, memory, plots, report, run, tables, timing, training
 from fastdense.benchmarks import results as results_module
 from fastdense.benchmarks.contenders import Contender, Workload
 from fastdense.memory import saved_activation_bytes
@@ -138,7 +138,7 @@ def test_run_trains_both_alike(smoke_results: Row) -> None:
         assert naive["seed"] == fast["seed"]
         ours, theirs = (torch.tensor(run["loss"]) for run in (fast, naive))
         torch.testing.assert_close(ours[:5], theirs[:5], rtol=1e-3, atol=0)
-    assert len(row["fast_ends"]) == 2
+    assert [len(found.ends) for found in training.summaries(row).values()] == [2, 2]
 
 
 def test_run_draws_and_plots_can_be_drawn_again(smoke: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,7 +181,7 @@ def test_a_truncated_binary_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_svhn(tmp_path: Path) -> None:
-    io = pytest.importorskip("scipy.io")
+    io = pytest.importorskip("scipy.io", reason="needs SciPy")
     for seed, split in enumerate(("train", "extra", "test")):
         pixels, labels = _rows(6, 10, seed)
         content = {"X": pixels.reshape(6, 3, 32, 32).transpose(2, 3, 1, 0), "y": (labels + 1)[:, None]}

@@ -6,9 +6,9 @@ import argparse
 import itertools
 import json
 import sys
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from . import config
 from .config import Config
@@ -32,13 +32,13 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--config", type=Path, metavar="FILE", help="options from a JSON or TOML file", default=None)
     command.add_argument("--quiet", action="store_true", help="print nothing but the result")
     for each in fields(Config):
-        _add_option(command, each.name, each.metadata)
+        _add_option(command, each)
     command.set_defaults(run=_train)
 
     command = commands.add_parser("evaluate", help="loss and accuracy of a checkpoint on its data set's test images")
     command.add_argument("checkpoint", type=Path, help="such as runs/digits/best.pt")
     for name in ("data", "root", "device", "amp", "backend", "workers", "eval_batch"):
-        _add_option(command, name, Config.__dataclass_fields__[name].metadata)
+        _add_option(command, Config.__dataclass_fields__[name])
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_evaluate)
 
@@ -51,15 +51,15 @@ def add_commands(commands: Any) -> None:
     command.set_defaults(run=_predict)
 
 
-def _add_option(command: argparse.ArgumentParser, name: str, about: Any) -> None:
+def _add_option(command: argparse.ArgumentParser, option: Field[Any]) -> None:
+    name, default, about = option.name, option.default, option.metadata
     kind, several, optional = config.type_of(name)
-    default = config.default_of(name)
     varies = sorted({recipe[name] for recipe in config.RECIPES.values() if name in recipe}, key=str)
     text = about["help"]
     if varies:
         text += " (default: the data set's)"
     elif not optional:
-        text += f" (default: {' '.join(map(str, default)) if several else default})"
+        text += f" (default: {' '.join(map(str, cast(Any, default))) if several else default})"
     more: dict[str, Any] = dict(dest=name, default=argparse.SUPPRESS, help=text)
     if kind is bool:
         more["action"] = argparse.BooleanOptionalAction

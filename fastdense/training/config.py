@@ -7,7 +7,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,15 @@ class Config:
     size: int = _choice(32, "height and width of the images", least=1)
     weights: str | None = _choice(None, "begin with these: torchvision's name (DEFAULT), a file, a URL, a checkpoint")
     freeze: int = _choice(0, "keep the stem and the first FREEZE - 1 blocks as they are, BatchNorm included", least=0)
-    drop_rate: float | None = _choice(None, "dropout; 0.2 without augmentation, as in the paper, and else 0")
+    drop_rate: float | None = _choice(
+        None, "dropout; 0.2 without augmentation, as in the paper, and else 0", least=0, below=1
+    )
     memory_efficient: bool = _choice(False, "recompute the bottlenecks in backward")
 
     epochs: int = _choice(300, "passes over the training images", least=1)
     batch: int = _choice(64, "images of an optimizer step, over all processes", least=1)
     lr: float = _choice(0.1, "learning rate", least=0)
-    momentum: float = _choice(0.9, "of SGD", least=0)
+    momentum: float = _choice(0.9, "of SGD", least=0, below=1)
     nesterov: bool = _choice(True, "Nesterov's momentum")
     weight_decay: float = _choice(1e-4, "of all parameters", least=0)
     decay_norms: bool = _choice(True, "weight decay of BatchNorm's parameters and of biases, too")
@@ -65,10 +67,10 @@ class Config:
     milestones: tuple[float, ...] = _choice((0.5, 0.75), "shares of the run after which the learning rate falls")
     gamma: float = _choice(0.1, "what it is multiplied by there", least=0)
     warmup: float = _choice(0.0, "epochs over which it rises from zero", least=0)
-    label_smoothing: float = _choice(0.0, "of the cross entropy", least=0)
+    label_smoothing: float = _choice(0.0, "of the cross entropy", least=0, below=1)
     augment: bool = _choice(True, "shift and, where it means the same, mirror the training images")
     holdout: int = _choice(0, "training images held out to choose the best checkpoint by, not the test images", least=0)
-    ema: float = _choice(0.0, "evaluate an exponential moving average of the weights, of this decay", least=0)
+    ema: float = _choice(0.0, "evaluate an exponential moving average of the weights, of this decay", least=0, below=1)
     seed: int = _choice(0, "of weights, order, augmentation and dropout")
 
     backend: str = _choice("auto", "which kernels; reference: the naive definition", choices=names())
@@ -96,14 +98,11 @@ class Config:
                 raise ValueError(f"{each.name} must be one of {', '.join(allowed['choices'])}, got {value!r}")
             if value is not None and "least" in allowed and not value >= allowed["least"]:
                 raise ValueError(f"{each.name} must be at least {allowed['least']}, got {value}")
+            if value is not None and "below" in allowed and not value < allowed["below"]:
+                raise ValueError(f"{each.name} must be less than {allowed['below']}, got {value}")
         config_of(self.arch)
-        for name, below in (("ema", 1), ("label_smoothing", 1), ("momentum", 1)):
-            if getattr(self, name) >= below:
-                raise ValueError(f"{name} must be less than {below}, got {getattr(self, name)}")
         if not all(0 < share < 1 for share in self.milestones) or list(self.milestones) != sorted(self.milestones):
             raise ValueError(f"milestones must be shares of the run in order, such as 0.5 0.75, got {self.milestones}")
-        if self.drop_rate is not None and not 0 <= self.drop_rate < 1:
-            raise ValueError(f"drop_rate must be in [0, 1), got {self.drop_rate}")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum; give --no-nesterov")
         if self.fsdp and self.ema:
@@ -193,10 +192,3 @@ def load(path: str | Path) -> dict[str, Any]:
     if not isinstance(chosen, dict):
         raise ValueError(f"{path}: expected a table of options, got {type(chosen).__name__}")
     return chosen
-
-
-def default_of(name: str) -> Any:
-    """The default of a field, before any recipe."""
-    (found,) = (each.default for each in fields(Config) if each.name == name)
-    assert found is not MISSING
-    return found

@@ -37,7 +37,7 @@ class Log:
         steps: int,
         first_epoch: int,
         quiet: bool,
-        observe: Callable[[dict[str, Any]], None] = lambda row: None,
+        observe: Callable[[dict[str, Any]], None],
     ):
         self._folder, self._steps, self._observe = folder, steps, observe
         self._console = Console(stderr=True, quiet=quiet, highlight=False)
@@ -113,7 +113,7 @@ class Log:
         if self._tensorboard is not None:
             self._tensorboard.close()
         if find_spec("matplotlib") is not None:
-            draw({"": read(self._folder)}, self._folder / CURVES)
+            draw(read(self._folder), self._folder / CURVES)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -128,31 +128,22 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Curves of loss and test error against epochs, of one run or several by name."""
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Curves of loss and of the error in evaluation against epochs."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     figure, (losses, errors) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name, rows in runs.items():
-        whole = [row for row in rows if "eval_accuracy" in row]
-        epochs = [row["epoch"] + 1 for row in whole]
-        (line,) = losses.plot(epochs, [row["train_loss"] for row in whole], label=f"{name} training".strip())
-        losses.plot(
-            epochs,
-            [row["eval_loss"] for row in whole],
-            "--",
-            color=line.get_color(),
-            label=f"{name} evaluation".strip(),
-        )
-        errors.plot(epochs, [100 * (1 - row["eval_accuracy"]) for row in whole], color=line.get_color(), label=name)
+    whole = [row for row in rows if "eval_accuracy" in row]
+    epochs = [row["epoch"] + 1 for row in whole]
+    losses.plot(epochs, [row["train_loss"] for row in whole], label="training")
+    losses.plot(epochs, [row["eval_loss"] for row in whole], label="evaluation")
+    errors.plot(epochs, [100 * (1 - row["eval_accuracy"]) for row in whole])
     losses.set(xlabel="epoch", ylabel="cross entropy", yscale="log")
     errors.set(xlabel="epoch", ylabel="error in evaluation, %", ylim=(0, None))
     losses.legend()
-    if len(runs) > 1:
-        errors.legend()
     write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=120))
     pyplot.close(figure)
 

@@ -51,7 +51,7 @@ def train(
         folder: for checkpoints, metrics and curves; ``None`` for no files.
         resume: go on from the folder's last checkpoint, which is of the same configuration.
         quiet: print nothing.
-        observe: told every row of the metrics (:mod:`.log`), on the first rank.
+        observe: told every row of the metrics (:mod:`.log`).
 
     Raises:
         Diverged: the loss is not finite; the last checkpoint is that of the epoch before.
@@ -143,23 +143,22 @@ class _Run:
         self.ema: AveragedModel | None = None
         if config.ema:
             self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-        self.first_epoch, self.best = 0, -1.0
+        self.first_epoch = 0
         self.last_row: dict[str, Any] = {}
         if content is not None:
             self._restore(content)
 
     def run(self, quiet: bool, observe: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        if not self.ranks.is_first:
-            log = Log(None, self.config.epochs, self.num_steps, self.first_epoch, True)
-        else:
-            log = Log(self.folder, self.config.epochs, self.num_steps, self.first_epoch, quiet, observe)
+        first = self.ranks.is_first
+        folder = self.folder if first else None
+        log = Log(folder, self.config.epochs, self.num_steps, self.first_epoch, quiet or not first, observe)
         try:
             for epoch in range(self.first_epoch, self.config.epochs):
                 log.begin_epoch(epoch)
                 row = self._epoch(epoch, log)
-                is_best = row["eval_accuracy"] > self.best
-                self.best = max(self.best, row["eval_accuracy"])
-                self.last_row = row | dict(best_accuracy=self.best)
+                best = self.last_row.get("best_accuracy", -1.0)
+                is_best = row["eval_accuracy"] > best
+                self.last_row = row | dict(best_accuracy=max(best, row["eval_accuracy"]))
                 log.epoch(self.last_row)
                 self._save(epoch + 1, is_best)
         finally:
@@ -173,19 +172,21 @@ class _Run:
         for module in self.frozen:
             module.eval()
         begun, sums, seen = time.perf_counter(), torch.zeros(2, dtype=torch.float64), 0
-        pending: list[tuple[int, float, int, Tensor]] = []
+        pending: list[tuple[dict[str, Any], int, Tensor]] = []  # rows but for the loss, images, sums
         steps = data.epoch_steps(self.trained, config, epoch, ranks.world)
         batches = self.data.train.training(steps, ranks.rank, ranks.world, config.accumulate)
         for number, (step, parts) in enumerate(zip(steps, batches, strict=True)):
             rate = config.learning_rate(epoch + number / len(steps))
-            pending.append((number, rate, len(step.positions), self._step(parts, len(step.positions), rate)))
+            count = len(step.positions)
+            pending.append((dict(epoch=epoch, step=number, lr=rate), count, self._step(parts, count, rate)))
+            seen += count
             if len(pending) == config.log_every or number + 1 == len(steps):
-                rows = []
-                totals = ranks.total(torch.stack([each for *_, each in pending])).cpu()
-                for (number, rate, count, _), total in zip(pending, totals, strict=True):
-                    rows.append(dict(epoch=epoch, step=number, loss=total[0].item() / count, lr=rate))
-                    seen += count
+                totals = ranks.total(torch.stack([found for *_, found in pending])).cpu()
                 sums += totals.sum(0)
+                rows = [
+                    row | dict(loss=loss / count)
+                    for (row, count, _), loss in zip(pending, totals[:, 0].tolist(), strict=True)
+                ]
                 _check_finite(rows)
                 log.steps(rows, sums[1].item() / seen, seen / (time.perf_counter() - begun))
                 pending.clear()
@@ -238,7 +239,7 @@ class _Run:
         if self.folder is None or not self.ranks.is_first:
             return
         content = checkpoint.description(self.network, self.data.classes, self.data.preprocess) | dict(
-            config=self.config.as_dict(), epoch=next_epoch, best=self.best, row=self.last_row, model=model
+            config=self.config.as_dict(), epoch=next_epoch, row=self.last_row, model=model
         )
         if self.ema is not None:
             content |= dict(ema=self.ema.module.state_dict(), averaged=self.ema.n_averaged)
@@ -275,7 +276,7 @@ class _Run:
         if self.ema is not None:
             self.ema.module.load_state_dict(content["ema"])
             self.ema.n_averaged.copy_(content["averaged"])
-        self.first_epoch, self.best, self.last_row = content["epoch"], content["best"], content["row"]
+        self.first_epoch, self.last_row = content["epoch"], content["row"]
 
 
 def _check_finite(rows: list[dict[str, Any]]) -> None:

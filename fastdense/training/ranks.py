@@ -41,11 +41,11 @@ class Ranks:
         """The module to call in training; its parameters are ``model``'s, whose norms become SyncBatchNorms."""
         if self.world == 1:
             return model
-        if sync_bn and fsdp:  # which takes hold of the norms
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if fsdp:
             from torch.distributed.fsdp import fully_shard
 
+            if sync_bn:  # before FSDP takes hold of the norms
+                nn.SyncBatchNorm.convert_sync_batchnorm(model)
             mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world,))
             for stage in model.features.children():
                 if isinstance(stage, FastDenseBlock | FastTransition):

@@ -127,7 +127,7 @@ def _backward(name: str, grad_out: Tensor, x: Tensor, norm: Norm, **others: obje
     source, norms = pixels(x, x.dtype), Norms.of([norm], torch.float32)
     dx = empty_channels_last((n, c, h, w), x.dtype, x.device)
     dweight, dbias = (x.new_empty(c, dtype=torch.float32) for _ in range(2))
-    shares = Shares(join(norm.group if norm.batch_stats else "", n * h * w, x.device))
+    shares = Shares(join(norm.group, n * h * w, x.device))
     loaded().run(
         name,
         PointwiseGradArgs(

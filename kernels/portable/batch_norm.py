@@ -222,7 +222,7 @@ def norm_relu_backward(dz: Callable[[Chunk, Tensor], Tensor], x: Tensor, norm: N
         sums.append(norm_sums(part, images(x_chunk, *chunk.shape), vectors))
     s1, s2 = add_up(sums)
     through = correction(s1, s2, vectors, len(source)) if norm.batch_stats else None
-    group = join(norm.group, len(source), x.device) if through else None
+    group = join(norm.group, len(source), x.device)
     if through and group:
         group.add_up(through.p, through.q)
     for chunk in parts:

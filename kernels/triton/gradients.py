@@ -162,7 +162,7 @@ def two_pass_backward(
 
     launch(True)
     norm_sums(sums, m, vectors.scale, vectors.rstd, dweight, dbias, (p, q), batch=norm.batch_stats, add=False)
-    group = join(norm.group, m, x.device) if norm.batch_stats else None
+    group = join(norm.group, m, x.device)
     if group is not None:
         group.add_up(p, q)
     launch(False)
