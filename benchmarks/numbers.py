@@ -31,12 +31,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import figures
 from . import results as results_module
 from .contenders import FAST, MODES
 from .results import three_digits
 from .scaling_numbers import NUMBERS
-from .training import summaries
+from .training import chance, summaries
 
 Row = dict[str, Any]
 
@@ -184,13 +186,15 @@ def _roofline(run: str) -> str:
 
 
 def _curves(run: str) -> str:
-    """A line a program and contender: the least and the most of its seeds."""
-    lines = ["", "| | | test accuracy | last losses | a step | a run |", "|---" * 6 + "|"]
+    """A line a program and contender: the least and the most of its seeds, and the median of its last losses."""
+    lines = ["", "| | seeds | | test accuracy | last losses (median) | p | a step | a run |", "|---" * 8 + "|"]
     for row in _run(run)["training"]:
         for name, found in summaries(row).items():
+            seeds = len(found.ends)
             lines.append(
-                f"| {row['title']} | {name} | {min(found.accuracies):.1%} to {max(found.accuracies):.1%} "
-                f"| {min(found.ends):.4f} to {max(found.ends):.4f} | {three_digits(found.step_ms)} ms "
+                f"| {row['title']} | {seeds} | {name} | {min(found.accuracies):.1%} to {max(found.accuracies):.1%} "
+                f"| {min(found.ends):.4f} to {max(found.ends):.4f} ({np.median(found.ends):.4f}) "
+                f"| {f'{chance(row):.2f}' if seeds > 1 else ''} | {three_digits(found.step_ms)} ms "
                 f"| {found.seconds:.0f} s |"
             )
     return "\n".join([*lines, ""])

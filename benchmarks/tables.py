@@ -12,7 +12,7 @@ from rich.table import Table
 
 from . import results as results_module
 from .contenders import FAST, MODES, NAIVE, NAIVE_AND_FAST
-from .training import summaries
+from .training import chance, summaries
 
 Row = dict[str, Any]
 
@@ -57,6 +57,8 @@ def training_lines(results: Row) -> Iterator[str]:
                 f"{max(found.ends):.4f}, test accuracy {min(found.accuracies):.1%} to {max(found.accuracies):.1%}, "
                 f"{found.step_ms:.1f} ms a step, {found.seconds:.0f} s"
             )
+        if len(row["runs"][NAIVE.name]) > 1:
+            yield f"{row['title']}: the last losses of both lie as far apart by chance with p = {chance(row):.2f}"
 
 
 def tables(results: Row) -> Iterator[Table]:
