@@ -33,6 +33,7 @@ class Backend:
         note: what it is, or why it cannot run here.
         devices: the device types it computes on; ``None`` for all.
         dtypes: those it computes in; ``None`` for all.
+        spatial_dims: 1 for sequences, 2 for images, 3 for volumes; those it computes on.
         automatic: chosen without being asked for.
     """
 
@@ -42,15 +43,18 @@ class Backend:
     devices: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
     automatic: bool = True
+    spatial_dims: tuple[int, ...] = (2,)
 
-    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why it cannot compute on ``device`` in ``dtype``, or ``None``."""
+    def refuses(self, device: torch.device, dtype: torch.dtype, spatial_dims: int = 2) -> str | None:
+        """Why it cannot compute on ``device`` in ``dtype`` with so many spatial dimensions, or ``None``."""
         if self.module is None:
             return self.note
         if self.devices is not None and device.type not in self.devices:
             return f"it computes on {' and '.join(self.devices)}, not on {device.type}"
         if self.dtypes is not None and dtype not in self.dtypes:
             return f"it computes in {', '.join(map(str, self.dtypes))}, not in {dtype}"
+        if spatial_dims not in self.spatial_dims:
+            return f"it computes in {' and '.join(f'{d}-D' for d in self.spatial_dims)}, not in {spatial_dims}-D"
         return None
 
 
@@ -79,7 +83,9 @@ def _cpu() -> Backend:
 _REGISTRY: dict[str, Backend] = {
     "triton": _triton(),
     "cpu": _cpu(),
-    "torch": Backend("torch", "fastdense.kernels.portable", "the portable algorithm in plain PyTorch"),
+    "torch": Backend(
+        "torch", "fastdense.kernels.portable", "the portable algorithm in plain PyTorch", spatial_dims=(1, 2, 3)
+    ),
 }
 """In order of preference."""
 
@@ -99,8 +105,11 @@ def kernels(name: str) -> ModuleType:
     return importlib.import_module(module)
 
 
-def select(device: torch.device, dtype: torch.dtype) -> str:
+def select(device: torch.device, dtype: torch.dtype, spatial_dims: int = 2) -> str:
     """The backend for tensors of ``dtype`` on ``device``: the override, or the first that can compute there.
+
+    Args:
+        spatial_dims: 1 for sequences [N, C, L], 2 for images, 3 for volumes [N, C, D, H, W].
 
     Raises:
         ValueError: the override names no backend.
@@ -108,12 +117,12 @@ def select(device: torch.device, dtype: torch.dtype) -> str:
     """
     if _override is None or _override == "auto":
         backends = (backend for backend in _REGISTRY.values() if backend.automatic)
-        return next(backend.name for backend in backends if backend.refuses(device, dtype) is None)
+        return next(backend.name for backend in backends if backend.refuses(device, dtype, spatial_dims) is None)
     if _override == REFERENCE:
         return REFERENCE
     if _override not in _REGISTRY:
         raise ValueError(_unknown(_override))
-    reason = _REGISTRY[_override].refuses(device, dtype)
+    reason = _REGISTRY[_override].refuses(device, dtype, spatial_dims)
     if reason is not None:
         raise RuntimeError(f"backend {_override!r} was asked for, but {reason}")
     return _override

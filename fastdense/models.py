@@ -13,6 +13,9 @@ from . import reference
 from .architectures import cifar_config, constructor
 from .modules import BatchNorm, BatchStats, FastDenseBlock, FastTransition, head, hooked, is_channels_last, stem_tail
 
+_STEM_TAILS = [[nn.ReLU, pool] for pool in (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)]
+"""What may follow a norm to make up a stem's tail."""
+
 
 class FastDenseNet(reference.DenseNet):
     """:class:`fastdense.reference.DenseNet`, same arguments and state_dict, run by the fused ops.
@@ -29,10 +32,10 @@ class FastDenseNet(reference.DenseNet):
         drop_rate: dropout of the new features of each layer.
         num_classes: outputs of the classifier.
         memory_efficient: recompute the bottlenecks in backward, keeping about a third of the memory.
-        **kwargs: ``in_channels``, ``compression``, ``small_inputs``, ``drop_every_conv``, ``init`` of the
-            reference.
+        **kwargs: ``in_channels``, ``compression``, ``small_inputs``, ``drop_every_conv``, ``init``, ``spatial_dims``
+            of the reference.
 
-    Shapes: [N, in_channels, H, W] -> [N, num_classes].
+    Shapes: [N, in_channels, *spatial] -> [N, num_classes].
     """
 
     block_class = FastDenseBlock
@@ -47,7 +50,7 @@ class FastDenseNet(reference.DenseNet):
         return self.forward_head(F.relu(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """What the head pools: the last features, normalised and through the ReLU, [N, num_features, H', W']."""
+        """What the head pools: the last features, normalised and through the ReLU, [N, num_features, ...]."""
         if self._is_rebuilt():
             return F.relu(self.features(x))
         x, _, norm = self._through_stages(x)
@@ -55,7 +58,7 @@ class FastDenseNet(reference.DenseNet):
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """What :meth:`forward_features` returned -> [N, num_classes], or the pooled [N, num_features]."""
-        pooled = torch.flatten(F.adaptive_avg_pool2d(features, (1, 1)), 1)
+        pooled = reference.global_avg_pool(features)
         return pooled if pre_logits else self.classifier(pooled)
 
     def forward_intermediates(self, x: Tensor, names: Sequence[str] | None = None) -> dict[str, Tensor]:
@@ -126,7 +129,7 @@ class FastDenseNet(reference.DenseNet):
             name, stage = stages.pop(0)
             if isinstance(stage, BatchNorm) and not stages:
                 return x, stats, stage
-            if isinstance(stage, BatchNorm) and [type(s) for _, s in stages[:2]] == [nn.ReLU, nn.MaxPool2d]:
+            if isinstance(stage, BatchNorm) and [type(s) for _, s in stages[:2]] in _STEM_TAILS:
                 (_, relu), (name, pool) = stages.pop(0), stages.pop(0)
                 x, stats = stem_tail(stage, relu, pool, x), None
             elif isinstance(stage, FastDenseBlock) and not hooked(stage):

@@ -22,14 +22,14 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from . import backends, ops, reference
-from .kernels.contract import ChannelStats, DenseLayers, Norm
+from .kernels.contract import ChannelStats, DenseLayers, Norm, empty_channels_last
 
 
 class FallbackWarning(UserWarning):
     """A fast module ran its reference definition instead."""
 
 
-BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 """The norms that the ops compute."""
 
 
@@ -53,8 +53,10 @@ class FastDenseBlock(reference.DenseBlock):
         drop_rate: probability of dropping an element of the new features.
         memory_efficient: keep the shared buffer alone for the backward and recompute the bottlenecks.
         drop_every_conv: drop after conv1 too, as the paper does without data augmentation.
+        spatial_dims: 1 for sequences [N, C, L], 2 for images, 3 for volumes [N, C, D, H, W].
 
-    Shapes: [N, C_0, H, W] in any strides -> [N, C_0 + L*k, H, W] in dense channels-last memory, not a view.
+    Shapes: [N, C_0, *spatial] in any strides -> [N, C_0 + L*k, *spatial], dense with channels innermost (channels_last
+    of images, channels_last_3d of volumes), not a view.
     """
 
     def forward(self, init_features: Tensor) -> Tensor:
@@ -161,8 +163,9 @@ class FastTransition(reference.Transition):
         num_output_features: channels out, C'.
         drop_rate: dropout between convolution and pool; while it is active they do not commute, and the
             reference runs.
+        spatial_dims: 1 for sequences [N, C, L], 2 for images, 3 for volumes [N, C, D, H, W].
 
-    Shapes: [N, C, H, W] in any strides -> [N, C', H//2, W//2] in dense channels-last memory.
+    Shapes: [N, C, *spatial] in any strides -> [N, C', *(size // 2)], dense with channels innermost.
     """
 
     def forward(self, x: Tensor, stats: BatchStats | None = None, channels_last: bool = True) -> Tensor:
@@ -197,10 +200,10 @@ def stem_tail(norm: BatchNorm, relu: nn.Module, pool: nn.Module, x: Tensor) -> T
 
 
 def head(norm: BatchNorm, x: Tensor, stats: BatchStats | None) -> Tensor:
-    """norm, ReLU and global average pool of [N, C, H, W] in one pass where possible: [N, C]."""
+    """norm, ReLU and global average pool of [N, C, *spatial] in one pass where possible: [N, C]."""
     backend = None if _unusual(norm) else _fast_backend(norm, x)
     if backend is None or not _stock_computes(x, norm):
-        return torch.flatten(F.adaptive_avg_pool2d(F.relu(norm(x), inplace=True), (1, 1)), 1)
+        return reference.global_avg_pool(F.relu(norm(x), inplace=True))
     return ops.head(x, _norm_for(norm, x, stats, backend), backend=backend)
 
 
@@ -209,15 +212,15 @@ def head(norm: BatchNorm, x: Tensor, stats: BatchStats | None) -> Tensor:
 
 def _fast_backend(module: nn.Module, x: Tensor, obstacle: Callable[[], str | None] = lambda: None) -> str | None:
     """The backend for ``x``, or ``None`` where the reference must run: on request, or for a reason warned of."""
-    if not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0 or _is_transformed():
+    if not isinstance(x, Tensor) or x.dim() not in (3, 4, 5) or x.numel() == 0 or _is_transformed():
         if _groups([m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]) - {""}:
             # the other processes would wait for what the reference does not send
             raise ValueError(
-                "SyncBatchNorm over several processes needs images [N, C, H, W] on each, N >= 1, outside torch.func's "
+                "SyncBatchNorm over several processes needs images [N, C, *spatial] on each, N >= 1, outside torch.func's "
                 f"transforms; got {list(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
             )
         return None  # the reference knows what PyTorch does with these
-    backend = backends.select(x.device, x.dtype)
+    backend = backends.select(x.device, x.dtype, x.dim() - 2)
     if backend == backends.REFERENCE:
         return None
     reason = obstacle()
@@ -291,7 +294,7 @@ def _unlike_stock(module: nn.Module) -> str | None:
     for attribute, expected in _STOCK[kind].items():
         if state[attribute] not in expected:
             return f"its {attribute} is {state[attribute]}"
-    if kind is nn.Conv2d:
+    if kind in _CONVS:
         if state["padding"][0] != state["kernel_size"][0] // 2:
             return f"its padding is {state['padding']}"
         if state["_parameters"]["bias"] is not None:
@@ -299,30 +302,41 @@ def _unlike_stock(module: nn.Module) -> str | None:
     return _hooked(module)
 
 
-_STOCK: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
-    nn.BatchNorm2d: {},
-    nn.SyncBatchNorm: {},
-    nn.ReLU: {},
-    nn.Dropout: {},
-    nn.Conv2d: dict(
-        kernel_size=((1, 1), (3, 3)),
-        stride=((1, 1),),
-        padding=((0, 0), (1, 1)),
-        dilation=((1, 1),),
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_POOLS = ((nn.AvgPool1d, nn.MaxPool1d), (nn.AvgPool2d, nn.MaxPool2d), (nn.AvgPool3d, nn.MaxPool3d))
+_NORM_DIMS = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
+"""Dimensions of what goes through a norm; SyncBatchNorm takes them all."""
+
+
+def _stock(dims: int) -> dict[type[nn.Module], dict[str, tuple[Any, ...]]]:
+    """The modules of ``dims`` spatial dimensions that the ops reproduce, with the settings they do it for."""
+
+    def alike(size: int) -> tuple[Any, ...]:
+        return size, (size,) * dims
+
+    zero, one, two, three = map(alike, range(4))
+    avg_pool, max_pool = _POOLS[dims - 1]
+    conv = dict(
+        kernel_size=(one[1], three[1]),
+        stride=(one[1],),
+        padding=(zero[1], one[1]),
+        dilation=(one[1],),
         groups=(1,),
         padding_mode=("zeros",),
-    ),
-    nn.AvgPool2d: dict(
-        kernel_size=(2, (2, 2)), stride=(2, (2, 2)), padding=(0, (0, 0)), ceil_mode=(False,), divisor_override=(None,)
-    ),
-    nn.MaxPool2d: dict(
-        kernel_size=(3, (3, 3)),
-        stride=(2, (2, 2)),
-        padding=(1, (1, 1)),
-        dilation=(1, (1, 1)),
-        ceil_mode=(False,),
-        return_indices=(False,),
-    ),
+    )
+    average = dict(kernel_size=two, stride=two, padding=zero, ceil_mode=(False,))
+    average |= dict(divisor_override=(None,)) if dims > 1 else {}
+    maximum = dict(
+        kernel_size=three, stride=two, padding=one, dilation=one, ceil_mode=(False,), return_indices=(False,)
+    )
+    return {_CONVS[dims - 1]: conv, avg_pool: average, max_pool: maximum}
+
+
+_STOCK: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
+    **{kind: {} for kind in (*_NORM_DIMS, nn.SyncBatchNorm, nn.ReLU, nn.Dropout)},
+    **_stock(1),
+    **_stock(2),
+    **_stock(3),
 }
 """The modules that the ops reproduce, with the settings they do it for."""
 
@@ -351,6 +365,8 @@ def _conv_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 def _stock_computes(x: Tensor, norm: BatchNorm, weight: Tensor | None = None) -> bool:
     """Whether stock PyTorch takes x in this norm and this convolution; where not, the reference raises its error."""
+    if x.dim() != _NORM_DIMS.get(type(norm), x.dim()) or (weight is not None and x.dim() != weight.dim()):
+        return False
     if weight is not None and (weight.dtype == torch.float64 if _autocasts(x) else x.dtype != weight.dtype):
         return False
     vector = norm.weight if norm.weight is not None else norm.running_mean
@@ -359,20 +375,19 @@ def _stock_computes(x: Tensor, norm: BatchNorm, weight: Tensor | None = None) ->
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether PyTorch's convolutions take [N, C, H, W] for channels-last; ambiguous strides count as contiguous."""
-    return x.dim() == 4 and x.stride(1) == 1 and x.stride(3) == x.shape[1] > 1
+    """Whether PyTorch's convolutions take [N, C, *spatial] for channels-last; ambiguous strides count as contiguous."""
+    return x.dim() in (3, 4, 5) and x.stride(1) == 1 and x.stride(-1) == x.shape[1] > 1
 
 
-def _dropout_mask(x: Tensor, conv: nn.Conv2d, drop_rate: float, channels_last: bool) -> Tensor:
+def _dropout_mask(x: Tensor, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, drop_rate: float, channels_last: bool) -> Tensor:
     """True where the reference, at the same state of the generator, would keep a value of conv's output.
 
     The values drawn depend on dtype and layout, so those are the reference's.
     """
     shape = (x.shape[0], conv.out_channels, *x.shape[2:])
-    ones = torch.ones(shape, dtype=_conv_dtype(x, conv.weight), device=x.device)
-    if channels_last or is_channels_last(conv.weight):
-        ones = ones.contiguous(memory_format=torch.channels_last)
-    return F.dropout(ones, drop_rate, training=True) != 0
+    inner = channels_last or is_channels_last(conv.weight)
+    ones = (empty_channels_last if inner else torch.empty)(shape, dtype=_conv_dtype(x, conv.weight), device=x.device)
+    return F.dropout(ones.fill_(1), drop_rate, training=True) != 0
 
 
 def _uses_batch_stats(norm: BatchNorm) -> bool:
@@ -424,7 +439,7 @@ def _norm_for(norm: BatchNorm, x: Tensor, stats: BatchStats | None, backend: str
 
 def _count(x: Tensor, group: str) -> int | Tensor:
     """Values of a channel in a batch, or in those of a group's processes: then float64, on x's device."""
-    count = x.shape[0] * x.shape[2] * x.shape[3]
+    count = x.numel() // x.shape[1]
     if group:
         from torch.distributed import _functional_collectives as functional  # not every build has it
 

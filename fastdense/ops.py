@@ -11,6 +11,7 @@ Running statistics are not touched here: ``dense_block`` and ``channel_stats`` r
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -70,11 +71,11 @@ for _name, _schema in _SCHEMAS.items():
 
 
 def channel_stats(x: Tensor, *, backend: str, group: str = "") -> ChannelStats:
-    """Mean and biased variance of each channel of [N, C, H, W], in the accumulator dtype; not differentiable.
+    """Mean and biased variance of each channel of [N, C, *spatial], in the accumulator dtype; not differentiable.
 
     ``group``: name of a process group over all of whose x they are taken.
     """
-    _check(x.dim() == 4, "channel_stats: x must be [N, C, H, W], got shape %s", x.shape)
+    _check_spatial("channel_stats", x)
     return ChannelStats(*torch.ops.fastdense.channel_stats(x.detach(), group=group, backend=backend))
 
 
@@ -86,9 +87,9 @@ def dense_block(
     ========= ============================ =============================================================
     argument  shape                        dtype, layout
     ========= ============================ =============================================================
-    x         [N, C_0, H, W]               floating point, any strides
+    x         [N, C_0, *spatial]           floating point, any strides; 1, 2 or 3 spatial dimensions
     layers    see ``DenseLayers``          convolution weights of any floating-point dtype
-    out       [N, C_0 + L*k, H, W]         the wider of x's and ``dtype``, dense channels-last
+    out       [N, C_0 + L*k, *spatial]     the wider of x's and ``dtype``, dense channels-last
     ========= ============================ =============================================================
 
     Args:
@@ -122,25 +123,26 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, *, dtype: torch.dtype,
 def transition(x: Tensor, norm: Norm, conv_weight: Tensor, *, dtype: torch.dtype, backend: str) -> Tensor:
     """norm-ReLU-conv1x1-avgpool2x2, differentiable in x, the norm's weight and bias, and ``conv_weight``.
 
-    [N, C, H, W], [C', C, 1, 1] -> [N, C', H//2, W//2] of ``dtype``, dense channels-last.
+    [N, C, *spatial], [C', C, 1, ...] -> [N, C', *(size // 2)] of ``dtype``, dense channels-last.
 
     Raises:
         ValueError: shapes that do not fit each other, or an image smaller than the pool.
     """
     _check_norm("transition", x, norm)
+    kernel = (x.shape[1], *[1] * (x.dim() - 2))
     _check(
-        conv_weight.dim() == 4 and conv_weight.shape[1:] == (x.shape[1], 1, 1),
-        f"transition: conv_weight must be [C', {x.shape[1]}, 1, 1], got shape %s",
+        conv_weight.shape[1:] == kernel,
+        f"transition: conv_weight must be [C', {', '.join(map(str, kernel))}], got shape %s",
         conv_weight.shape,
     )
-    _check(x.shape[2] > 1 and x.shape[3] > 1, "transition: H and W must be at least 2, got shape %s", x.shape)
+    _check(min(x.shape[2:]) > 1, "transition: spatial dimensions must be at least 2, got shape %s", x.shape)
     return torch.ops.fastdense.transition(x, *norm[:4], conv_weight, **_options(norm), dtype=dtype, backend=backend)
 
 
 def stem_tail(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
     """norm-ReLU-maxpool3x3/2, differentiable in x and the norm's weight and bias.
 
-    [N, C, H, W] -> [N, C, ceil(H/2), ceil(W/2)] of x's dtype, dense channels-last.
+    [N, C, *spatial] -> [N, C, *ceil(size / 2)] of x's dtype, dense channels-last.
     """
     _check_norm("stem_tail", x, norm)
     return torch.ops.fastdense.stem_tail(x, *norm[:4], **_options(norm), backend=backend)
@@ -149,7 +151,7 @@ def stem_tail(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
 def head(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
     """norm-ReLU-global average pool, differentiable in x and the norm's weight and bias.
 
-    [N, C, H, W] -> [N, C] of x's dtype.
+    [N, C, *spatial] -> [N, C] of x's dtype.
     """
     _check_norm("head", x, norm)
     return torch.ops.fastdense.head(x, *norm[:4], **_options(norm), backend=backend)
@@ -169,8 +171,12 @@ def _check(condition: bool, message: str, *shapes: torch.Size) -> None:
         raise ValueError(message % tuple(list(shape) for shape in shapes))
 
 
+def _check_spatial(op: str, x: Tensor) -> None:
+    _check(x.dim() in (3, 4, 5), f"{op}: x must be [N, C, H, W], [N, C, L] or [N, C, D, H, W], got shape %s", x.shape)
+
+
 def _check_norm(op: str, x: Tensor, norm: Norm) -> None:
-    _check(x.dim() == 4, f"{op}: x must be [N, C, H, W], got shape %s", x.shape)
+    _check_spatial(op, x)
     for name, vector in zip(Norm._fields, norm[:4], strict=False):
         _check(
             vector.shape == (x.shape[1],),
@@ -181,13 +187,14 @@ def _check_norm(op: str, x: Tensor, norm: Norm) -> None:
 
 
 def _check_layers(op: str, x: Tensor, layers: DenseLayers) -> None:
-    _check(x.dim() == 4, f"{op}: x must be [N, C, H, W], got shape %s", x.shape)
+    _check_spatial(op, x)
     _check(layers.num_layers > 0, f"{op}: needs at least one layer")
     k, width, channels = layers.growth_rate, layers.bottleneck_channels, x.shape[1]
+    ones, threes = ([size] * (x.dim() - 2) for size in (1, 3))
     for i, (weight, bias, conv1) in enumerate(
         zip(layers.norm1_weight, layers.norm1_bias, layers.conv1_weight, strict=True)
     ):
-        first = (width, channels, 1, 1) if layers.has_bottleneck else (k, channels, 3, 3)
+        first = (width, channels, *ones) if layers.has_bottleneck else (k, channels, *threes)
         _check_layer(op, x, i, ("norm1_weight", weight, (channels,)), ("norm1_bias", bias, (channels,)))
         _check_layer(op, x, i, ("conv1_weight", conv1, first))
         channels += k
@@ -195,7 +202,7 @@ def _check_layers(op: str, x: Tensor, layers: DenseLayers) -> None:
         zip(layers.norm2_weight, layers.norm2_bias, layers.conv2_weight, strict=True)
     ):
         _check_layer(op, x, i, ("norm2_weight", weight, (width,)), ("norm2_bias", bias, (width,)))
-        _check_layer(op, x, i, ("conv2_weight", conv2, (k, width, 3, 3)))
+        _check_layer(op, x, i, ("conv2_weight", conv2, (k, width, *threes)))
 
 
 def _check_layer(op: str, x: Tensor, layer: int, *expected: tuple[str, Tensor, tuple[int, ...]]) -> None:
@@ -231,7 +238,7 @@ def _implement(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def _channel_stats(kernels: Any, x: Tensor, group: str) -> Any:
     stats = kernels.channel_stats(x)
     if group:
-        Group(group, x.shape[0] * x.shape[2] * x.shape[3], x.device).merge(stats)
+        Group(group, x.numel() // x.shape[1], x.device).merge(stats)
     return tuple(stats)
 
 
@@ -318,14 +325,14 @@ def _(x: Tensor, *, group: str, backend: str) -> Any:
 @torch.library.register_fake("fastdense::dense_block")
 def _(x: Tensor, *lists: list[Tensor], dtype: torch.dtype, save_bottleneck: bool, backend: str, **options: Any) -> Any:
     layers = DenseLayers(*lists, **options)
-    n, _, h, w = x.shape
+    n, _, *spatial = x.shape
     store = torch.promote_types(x.dtype, dtype)
     acc = accumulator_dtype(store)
     channels, width = layers.output_channels, layers.bottleneck_channels
     kept = layers.num_layers if save_bottleneck and layers.has_bottleneck else 0
     return (
-        empty_channels_last((n, channels, h, w), store, x.device),
-        [x.new_empty((n * h * w, width), dtype=dtype) for _ in range(kept)],
+        empty_channels_last((n, channels, *spatial), store, x.device),
+        [x.new_empty((n * math.prod(spatial), width), dtype=dtype) for _ in range(kept)],
         x.new_empty(channels, dtype=acc),
         x.new_empty(channels, dtype=acc),
         x.new_empty((layers.num_layers, width), dtype=acc),
@@ -336,8 +343,8 @@ def _(x: Tensor, *lists: list[Tensor], dtype: torch.dtype, save_bottleneck: bool
 @torch.library.register_fake("fastdense::dense_block_inference")
 def _(x: Tensor, *lists: list[Tensor], dtype: torch.dtype, backend: str, **options: Any) -> Any:
     layers = DenseLayers(*lists, **options)
-    n, _, h, w = x.shape
-    return empty_channels_last((n, layers.output_channels, h, w), torch.promote_types(x.dtype, dtype), x.device)
+    n, _, *spatial = x.shape
+    return empty_channels_last((n, layers.output_channels, *spatial), torch.promote_types(x.dtype, dtype), x.device)
 
 
 @torch.library.register_fake("fastdense::dense_block_backward")
@@ -357,7 +364,7 @@ def _(
     layers = DenseLayers(*tensors[6:], **options)
     needs = DenseBlockNeeds(need_x, need_norm1, need_conv1, need_norm2, need_conv2)
     first = needs.first_layer()
-    n, _, h, w = grad_out.shape
+    n, _, *spatial = grad_out.shape
 
     def like(parameters: list[Tensor], needed: list[bool]) -> list[Tensor]:
         return [torch.empty_like(p) if need else p.new_empty(0) for p, need in zip(parameters, needed, strict=True)]
@@ -365,7 +372,7 @@ def _(
     reached = [layer >= first for layer in range(layers.num_layers)]
     reached2 = reached if layers.has_bottleneck else []
     return (
-        empty_channels_last((n, layers.input_channels, h, w), x_dtype, grad_out.device)
+        empty_channels_last((n, layers.input_channels, *spatial), x_dtype, grad_out.device)
         if need_x
         else grad_out.new_empty(0, dtype=x_dtype),
         like(layers.norm1_weight, reached),
@@ -379,14 +386,14 @@ def _(
 
 @torch.library.register_fake("fastdense::transition")
 def _(x: Tensor, *args: Tensor, dtype: torch.dtype, **options: Any) -> Any:
-    n, _, h, w = x.shape
-    return empty_channels_last((n, args[-1].shape[0], h // 2, w // 2), dtype, x.device)
+    n, _, *spatial = x.shape
+    return empty_channels_last((n, args[-1].shape[0], *(size // 2 for size in spatial)), dtype, x.device)
 
 
 @torch.library.register_fake("fastdense::stem_tail")
 def _(x: Tensor, *norm: Tensor, **options: Any) -> Any:
-    n, c, h, w = x.shape
-    return empty_channels_last((n, c, (h + 1) // 2, (w + 1) // 2), x.dtype, x.device)
+    n, c, *spatial = x.shape
+    return empty_channels_last((n, c, *((size + 1) // 2 for size in spatial)), x.dtype, x.device)
 
 
 @torch.library.register_fake("fastdense::head")
@@ -395,8 +402,7 @@ def _(x: Tensor, *norm: Tensor, **options: Any) -> Any:
 
 
 def _fake_norm_grads(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    n, c, h, w = x.shape
-    return empty_channels_last((n, c, h, w), x.dtype, x.device), torch.empty_like(weight), torch.empty_like(bias)
+    return empty_channels_last(x.shape, x.dtype, x.device), torch.empty_like(weight), torch.empty_like(bias)
 
 
 @torch.library.register_fake("fastdense::transition_backward")

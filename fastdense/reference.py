@@ -22,9 +22,25 @@ from torch.utils.checkpoint import checkpoint
 
 from .architectures import cifar_config, constructor
 
+SpatialDims = Literal[1, 2, 3]
+"""Of sequences [N, C, L], images [N, C, H, W] and volumes [N, C, D, H, W]."""
+
+_CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_NORM: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_AVG_POOL: dict[int, Any] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+_MAX_POOL: dict[int, Any] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+_GLOBAL_POOL = {3: F.adaptive_avg_pool1d, 4: F.adaptive_avg_pool2d, 5: F.adaptive_avg_pool3d}
+
+
+def global_avg_pool(x: Tensor) -> Tensor:
+    """[N, C, *spatial] -> [N, C]."""
+    return torch.flatten(_GLOBAL_POOL[x.dim()](x, 1), 1)
+
 
 class DenseLayer(nn.Module):
     """One layer H_l: norm1-ReLU-conv1 (1x1) -norm2-ReLU-conv2 (3x3), or norm1-ReLU-conv1 (3x3) alone.
+
+    Kernels are as wide in each of the ``spatial_dims``.
 
     Args:
         num_input_features: channels of all features before this layer, C_l.
@@ -33,6 +49,7 @@ class DenseLayer(nn.Module):
         drop_rate: probability of dropping an element of the new features.
         memory_efficient: recompute the concatenation and the bottleneck in backward.
         drop_every_conv: drop after conv1 too, as the paper does without data augmentation.
+        spatial_dims: 1, 2 or 3.
     """
 
     def __init__(
@@ -44,30 +61,32 @@ class DenseLayer(nn.Module):
         memory_efficient: bool = False,
         *,
         drop_every_conv: bool = False,
+        spatial_dims: SpatialDims = 2,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.BatchNorm2d(num_input_features)
+        norm, conv = _NORM[spatial_dims], _CONV[spatial_dims]
+        self.norm1 = norm(num_input_features)
         self.relu1 = nn.ReLU(inplace=True)
         if bn_size is None:
-            self.conv1 = nn.Conv2d(num_input_features, growth_rate, kernel_size=3, padding=1, bias=False)
+            self.conv1 = conv(num_input_features, growth_rate, kernel_size=3, padding=1, bias=False)
         else:
             width = bn_size * growth_rate
-            self.conv1 = nn.Conv2d(num_input_features, width, kernel_size=1, bias=False)
-            self.norm2 = nn.BatchNorm2d(width)
+            self.conv1 = conv(num_input_features, width, kernel_size=1, bias=False)
+            self.norm2 = norm(width)
             self.relu2 = nn.ReLU(inplace=True)
-            self.conv2 = nn.Conv2d(width, growth_rate, kernel_size=3, padding=1, bias=False)
+            self.conv2 = conv(width, growth_rate, kernel_size=3, padding=1, bias=False)
         self.has_bottleneck = bn_size is not None
         self.drop_rate = float(drop_rate)
         self.drop_every_conv = drop_every_conv
         self.memory_efficient = memory_efficient
 
     @property
-    def growth_conv(self) -> nn.Conv2d:
+    def growth_conv(self) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
         """The 3x3 whose output are the new features."""
         return self.conv2 if self.has_bottleneck else self.conv1
 
     def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
-        """All features so far, [N, C_l, H, W] or a list of what they concatenate -> [N, k, H, W]."""
+        """All features so far, [N, C_l, *spatial] or a list of what they concatenate -> [N, k, *spatial]."""
         features = [features] if isinstance(features, Tensor) else list(features)
         if self.memory_efficient and torch.is_grad_enabled() and any(f.requires_grad for f in features):
             y = checkpoint(self._first, *features, use_reentrant=False, context_fn=self._contexts)
@@ -91,7 +110,7 @@ class DenseLayer(nn.Module):
 
 
 @contextmanager
-def _without_update(norm: nn.BatchNorm2d) -> Iterator[None]:
+def _without_update(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> Iterator[None]:
     momentum, norm.momentum = norm.momentum, 0.0
     try:
         yield
@@ -107,7 +126,8 @@ class DenseBlock(nn.ModuleDict):
     Args:
         num_layers: L.
         num_input_features: channels of the input, C_0.
-        bn_size, growth_rate, drop_rate, memory_efficient, drop_every_conv: of every :class:`DenseLayer`.
+        bn_size, growth_rate, drop_rate, memory_efficient, drop_every_conv, spatial_dims: of every
+            :class:`DenseLayer`.
     """
 
     def __init__(
@@ -120,6 +140,7 @@ class DenseBlock(nn.ModuleDict):
         memory_efficient: bool = False,
         *,
         drop_every_conv: bool = False,
+        spatial_dims: SpatialDims = 2,
     ) -> None:
         super().__init__()
         for i in range(num_layers):
@@ -130,10 +151,11 @@ class DenseBlock(nn.ModuleDict):
                 drop_rate,
                 memory_efficient,
                 drop_every_conv=drop_every_conv,
+                spatial_dims=spatial_dims,
             )
 
     def forward(self, init_features: Tensor) -> Tensor:
-        """[N, C_0, H, W] -> [N, C_0 + L*k, H, W]."""
+        """[N, C_0, *spatial] -> [N, C_0 + L*k, *spatial]."""
         features = [init_features]
         for layer in self.values():
             features.append(layer(features))
@@ -141,22 +163,30 @@ class DenseBlock(nn.ModuleDict):
 
 
 class Transition(nn.Sequential):
-    """Between two blocks: norm-ReLU-conv (1x1) and a 2x2 average pool.
+    """Between two blocks: norm-ReLU-conv (1x1) and an average pool of 2 in each dimension.
 
     Args:
         num_input_features: channels in.
         num_output_features: channels out.
         drop_rate: probability of dropping an element of the convolution's output, before the pool.
+        spatial_dims: 1, 2 or 3.
     """
 
-    def __init__(self, num_input_features: int, num_output_features: int, *, drop_rate: float = 0.0) -> None:
+    def __init__(
+        self,
+        num_input_features: int,
+        num_output_features: int,
+        *,
+        drop_rate: float = 0.0,
+        spatial_dims: SpatialDims = 2,
+    ) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(num_input_features)
+        self.norm = _NORM[spatial_dims](num_input_features)
         self.relu = nn.ReLU(inplace=True)
-        self.conv = nn.Conv2d(num_input_features, num_output_features, kernel_size=1, bias=False)
+        self.conv = _CONV[spatial_dims](num_input_features, num_output_features, kernel_size=1, bias=False)
         if drop_rate > 0:
             self.drop = nn.Dropout(drop_rate)
-        self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
+        self.pool = _AVG_POOL[spatial_dims](kernel_size=2, stride=2)
 
 
 class DenseNet(nn.Module):
@@ -175,8 +205,9 @@ class DenseNet(nn.Module):
         small_inputs: the CIFAR stem, one 3x3 convolution of stride 1, instead of 7x7/2-norm-ReLU-pool.
         drop_every_conv: dropout after every convolution but the first, as in the paper.
         init: He initialisation by ``"fan_in"`` (torchvision) or ``"fan_out"`` (the authors' code).
+        spatial_dims: 1 for sequences [N, C, L], 2 for images, 3 for volumes [N, C, D, H, W].
 
-    Shapes: [N, in_channels, H, W] -> [N, num_classes].
+    Shapes: [N, in_channels, *spatial] -> [N, num_classes].
     """
 
     block_class: type[DenseBlock] = DenseBlock
@@ -197,6 +228,7 @@ class DenseNet(nn.Module):
         small_inputs: bool = False,
         drop_every_conv: bool = False,
         init: Literal["fan_in", "fan_out"] = "fan_in",
+        spatial_dims: SpatialDims = 2,
     ) -> None:
         super().__init__()
         if not 0 < compression <= 1:
@@ -205,8 +237,10 @@ class DenseNet(nn.Module):
             raise ValueError(f"drop_rate must be in [0, 1], got {drop_rate}")
         if init not in ("fan_in", "fan_out"):
             raise ValueError(f"init must be 'fan_in' or 'fan_out', got {init!r}")
+        if spatial_dims not in (1, 2, 3):
+            raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}")
 
-        self.features = nn.Sequential(_stem(in_channels, num_init_features, small_inputs))
+        self.features = nn.Sequential(_stem(in_channels, num_init_features, small_inputs, spatial_dims))
         channels = num_init_features
         for i, num_layers in enumerate(block_config, start=1):
             block = self.block_class(
@@ -217,35 +251,39 @@ class DenseNet(nn.Module):
                 drop_rate,
                 memory_efficient,
                 drop_every_conv=drop_every_conv,
+                spatial_dims=spatial_dims,
             )
             self.features.add_module(f"denseblock{i}", block)
             channels += num_layers * growth_rate
             if i < len(block_config):
                 kept = int(channels * compression)
-                transition = self.transition_class(channels, kept, drop_rate=drop_rate if drop_every_conv else 0.0)
+                transition = self.transition_class(
+                    channels, kept, drop_rate=drop_rate if drop_every_conv else 0.0, spatial_dims=spatial_dims
+                )
                 self.features.add_module(f"transition{i}", transition)
                 channels = kept
-        self.features.add_module("norm5", nn.BatchNorm2d(channels))
+        self.features.add_module("norm5", _NORM[spatial_dims](channels))
         self.classifier = nn.Linear(channels, num_classes)
 
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, _CONV[spatial_dims]):
                 nn.init.kaiming_normal_(module.weight, mode=init, nonlinearity="relu")
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         features = F.relu(self.features(x), inplace=True)
-        return self.classifier(torch.flatten(F.adaptive_avg_pool2d(features, (1, 1)), 1))
+        return self.classifier(global_avg_pool(features))
 
 
-def _stem(in_channels: int, channels: int, small_inputs: bool) -> OrderedDict[str, nn.Module]:
+def _stem(in_channels: int, channels: int, small_inputs: bool, dims: SpatialDims) -> OrderedDict[str, nn.Module]:
+    conv = _CONV[dims]
     if small_inputs:
-        return OrderedDict(conv0=nn.Conv2d(in_channels, channels, kernel_size=3, padding=1, bias=False))
+        return OrderedDict(conv0=conv(in_channels, channels, kernel_size=3, padding=1, bias=False))
     return OrderedDict(
-        conv0=nn.Conv2d(in_channels, channels, kernel_size=7, stride=2, padding=3, bias=False),
-        norm0=nn.BatchNorm2d(channels),
+        conv0=conv(in_channels, channels, kernel_size=7, stride=2, padding=3, bias=False),
+        norm0=_NORM[dims](channels),
         relu0=nn.ReLU(inplace=True),
-        pool0=nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
+        pool0=_MAX_POOL[dims](kernel_size=3, stride=2, padding=1),
     )
 
 

@@ -3,7 +3,8 @@
 Notation of one dense block, used throughout the package:
 
 ====== ==========================================================================================
-N H W  images, rows, columns; ``M = N*H*W`` pixels
+N H W  images, rows, columns; ``M = N*H*W`` pixels. A backend may serve sequences [N, C, L] and volumes
+       [N, C, D, H, W] too; "spatial" stands for whichever dimensions there are
 C_0    channels of the block's input
 k      growth rate: channels that each of the L layers adds
 C_l    ``C_0 + l*k``: channels that layer l reads
@@ -28,6 +29,7 @@ a forward returns for its backward has the layouts given here for every backend.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,13 +41,20 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def empty_channels_last(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[N, C, H, W] uninitialised, dense in channels-last memory and not a view: users may write to it in place."""
-    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+def empty_channels_last(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[N, C, *spatial] uninitialised, dense with channels innermost and not a view: users may write to it in place.
+
+    Of images and volumes that is PyTorch's channels_last and channels_last_3d; of sequences it has no name there.
+    """
+    if len(shape) == 3:
+        n, channels, length = shape
+        return torch.empty_strided((n, channels, length), (channels * length, 1, channels), dtype=dtype, device=device)
+    layout = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
 
 
 class ChannelStats(NamedTuple):
-    """Batch statistics of a tensor [N, C, H, W]: they belong to the channel, not to a BatchNorm."""
+    """Batch statistics of a tensor [N, C, *spatial]: they belong to the channel, not to a BatchNorm."""
 
     mean: Tensor  # [C]
     var: Tensor  # [C], biased
@@ -66,7 +75,8 @@ class Norm(NamedTuple):
 class DenseLayers(NamedTuple):
     """The parameters of a block's L layers, one list entry a layer; the fields are the ops' arguments.
 
-    A layer is norm1-ReLU-conv1 (1x1) -norm2-ReLU-conv2 (3x3). Without bottlenecks conv1 is the 3x3, and
+    A layer is norm1-ReLU-conv1 (1x1) -norm2-ReLU-conv2 (3x3). The shapes are those for images; kernels and masks
+    have as many spatial dimensions as x. Without bottlenecks conv1 is the 3x3, and
     the fields of norm2, conv2 and ``bottleneck_mask`` are empty. The dropout masks are boolean, True where
     a value is kept, and empty where there is no dropout; kept values are divided by ``1 - drop_rate``.
     """
@@ -153,7 +163,7 @@ class DenseLayers(NamedTuple):
 class DenseBlockOutput(NamedTuple):
     """What ``dense_block`` returns. Statistics are zero where no norm of the block needs them."""
 
-    out: Tensor  # X: [N, C_L, H, W], channels-last
+    out: Tensor  # X: [N, C_L, *spatial], channels-last
     bottleneck: list[Tensor]  # h of each layer, before norm2: [M, B]; no entries where they are not kept
     mean: Tensor  # [C_L], of X
     var: Tensor  # [C_L]

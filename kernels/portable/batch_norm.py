@@ -13,26 +13,25 @@ Source: Ioffe and Szegedy 2015 (arXiv 1502.03167); merging of statistics: Chan e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..contract import ChannelStats, Norm, NormGrads, accumulator_dtype
-from ..group import Group, join
+from ..group import join
 from .chunks import Chunk, Scratch, chunks
 
 
 def rows(x: Tensor) -> Tensor:
-    """[N, C, H, W] as [M, C]; without a copy where it lies in channels-last memory."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    """[N, C, *spatial] as [M, C]; without a copy where it lies in channels-last memory."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
-def images(x: Tensor, n: int, h: int, w: int) -> Tensor:
-    """Dense [M, C] as [N, C, H, W] in channels-last memory, without a copy."""
-    c = x.shape[1]
-    return x.as_strided((n, c, h, w), (h * w * c, 1, w * c, c))
+def images(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Dense [M, C] as [N, C, *spatial] in channels-last memory, without a copy; ``shape`` is (N, *spatial)."""
+    return x.view(*shape, x.shape[1]).movedim(-1, 1)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,16 +96,21 @@ def affine_relu(x: Tensor, vectors: Affine, out: Tensor | None = None) -> Tensor
     return torch.addcmul(vectors.shift, cast(x, vectors.scale.dtype), vectors.scale, out=out).relu_()
 
 
-def image_stats(x: Tensor) -> ChannelStats:
-    """Mean and biased variance of each channel of [N, C, H, W] in dense memory, in the accumulator dtype."""
-    return ChannelStats(*torch.batch_norm_update_stats(cast(x, accumulator_dtype(x.dtype)), None, None, 0.0))
+def _image(x: Tensor) -> Tensor:
+    """[M, C] as one image [1, C, M, 1], whose channels-last memory PyTorch's kernels of BatchNorm know."""
+    return x.view(1, -1, 1, x.shape[1]).permute(0, 3, 1, 2)
+
+
+def row_stats(x: Tensor) -> ChannelStats:
+    """Mean and biased variance of each channel of [M, C], in the accumulator dtype."""
+    x = _image(cast(x, accumulator_dtype(x.dtype)))
+    return ChannelStats(*torch.batch_norm_update_stats(x, None, None, 0.0))
 
 
 def channel_stats(x: Tensor) -> ChannelStats:
-    """Mean and biased variance of each channel of [N, C, H, W], in the accumulator dtype."""
+    """Mean and biased variance of each channel of [N, C, *spatial], in the accumulator dtype."""
     source, parts = rows(x), chunks(x.shape, x.device)
-    stats = [image_stats(images(source[chunk.rows].contiguous(), *chunk.shape)) for chunk in parts]
-    return merge_stats(stats, parts)
+    return merge_stats([row_stats(source[chunk.rows].contiguous()) for chunk in parts], parts)
 
 
 def zero_stats(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> ChannelStats:
@@ -132,8 +136,10 @@ def mask_by_relu(dz: Tensor, z: Tensor, out: Tensor) -> Tensor:
 
 
 def norm_sums(da: Tensor, x: Tensor, vectors: Affine) -> tuple[Tensor, Tensor]:
-    """s1 = sum(da) and s2 = sum(da * xhat), both [C], of dense [N, C, H, W] of the accumulator dtype."""
-    _, s2, s1 = _norm_backward(da, x, vectors, [False, True, True])
+    """s1 = sum(da) and s2 = sum(da * xhat), both [C], of dense [M, C] of the accumulator dtype."""
+    _, s2, s1 = torch.ops.aten.native_batch_norm_backward(
+        _image(da), _image(x), vectors.weight, None, None, vectors.mean, vectors.rstd, True, 0.0, [False, True, True]
+    )
     return s1, s2
 
 
@@ -143,28 +149,6 @@ def add_up(sums: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         return sums[0]
     s1, s2 = (torch.stack(vectors).sum(0) for vectors in zip(*sums, strict=True))
     return s1, s2
-
-
-def norm_backward(
-    da: Tensor, x: Tensor, vectors: Affine, batch_stats: bool, group: Group | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, s1 and s2 of dense [N, C, H, W] of the accumulator dtype."""
-    if not batch_stats:
-        return da * vectors.scale[:, None, None], *norm_sums(da, x, vectors)
-    if group is not None:
-        s1, s2 = norm_sums(da, x, vectors)
-        n, _, h, w = x.shape
-        through = correction(s1, s2, vectors, n * h * w)
-        group.add_up(through.p, through.q)
-        return images(input_gradient(rows(da), vectors.scale, rows(x), through), n, h, w), s1, s2
-    dx, s2, s1 = _norm_backward(da, x, vectors, [True, True, True])
-    return dx, s1, s2
-
-
-def _norm_backward(da: Tensor, x: Tensor, vectors: Affine, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten.native_batch_norm_backward(
-        da, x, vectors.weight, None, None, vectors.mean, vectors.rstd, True, 0.0, wanted
-    )
 
 
 class Correction(NamedTuple):
@@ -195,37 +179,37 @@ def input_gradient(
 
 
 def norm_relu(x: Tensor, norm: Norm) -> Iterator[tuple[Chunk, Tensor]]:
-    """BatchNorm and ReLU of [N, C, H, W], chunk by chunk in channels-last memory: z, good until the next."""
+    """BatchNorm and ReLU of [N, C, *spatial], chunk by chunk in channels-last memory: z, good until the next."""
     source, vectors = rows(x), affine(norm, accumulator_dtype(x.dtype))
     scratch = Scratch(vectors.scale.dtype, x.device)
     for chunk in chunks(x.shape, x.device):
         z = affine_relu(source[chunk.rows], vectors, scratch("z", chunk.pixels, x.shape[1]))
-        yield chunk, images(z, *chunk.shape)
+        yield chunk, images(z, chunk.shape)
 
 
 def norm_relu_backward(dz: Callable[[Chunk, Tensor], Tensor], x: Tensor, norm: Norm) -> NormGrads:
-    """Gradients of ``z = relu(norm(x))`` of [N, C, H, W], given the gradient ``dz(chunk, z)`` of each chunk's z.
+    """Gradients of ``z = relu(norm(x))`` of [N, C, *spatial], given the gradient ``dz(chunk, z)`` of each chunk's z.
 
     That of x is of its dtype and in channels-last memory.
     """
-    n, channels, h, w = x.shape
     source, vectors = rows(x), affine(norm, accumulator_dtype(x.dtype))
     scratch = Scratch(vectors.scale.dtype, x.device)
     da = torch.empty(source.shape, dtype=vectors.scale.dtype, device=x.device)
     dx = da if x.dtype == da.dtype else torch.empty(source.shape, dtype=x.dtype, device=x.device)
     parts, sums = chunks(x.shape, x.device), []
     for chunk in parts:
-        size = (chunk.pixels, channels)
+        size = (chunk.pixels, x.shape[1])
         x_chunk = scratch("x", *size).copy_(source[chunk.rows])
-        z = images(affine_relu(x_chunk, vectors, scratch("z", *size)), *chunk.shape)
-        part = mask_by_relu(dz(chunk, z), z, out=images(da[chunk.rows], *chunk.shape))
-        sums.append(norm_sums(part, images(x_chunk, *chunk.shape), vectors))
+        z = affine_relu(x_chunk, vectors, scratch("z", *size))
+        part = mask_by_relu(rows(dz(chunk, images(z, chunk.shape))), z, out=da[chunk.rows])
+        sums.append(norm_sums(part, x_chunk, vectors))
     s1, s2 = add_up(sums)
     through = correction(s1, s2, vectors, len(source)) if norm.batch_stats else None
     group = join(norm.group, len(source), x.device)
     if through and group:
         group.add_up(through.p, through.q)
     for chunk in parts:
-        out = scratch("x", chunk.pixels, channels)
+        out = scratch("x", chunk.pixels, x.shape[1])
         dx[chunk.rows] = input_gradient(da[chunk.rows], vectors.scale, source[chunk.rows], through, out)
-    return NormGrads(images(dx, n, h, w), cast(s2, norm.weight.dtype), cast(s1, norm.bias.dtype))
+    dx = images(dx, (x.shape[0], *x.shape[2:]))
+    return NormGrads(dx, cast(s2, norm.weight.dtype), cast(s1, norm.bias.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ class Chunk(NamedTuple):
 
     images: slice
     rows: slice
-    shape: tuple[int, int, int]  # n, h, w
+    shape: tuple[int, ...]  # n, *spatial
 
     @property
     def pixels(self) -> int:
@@ -25,12 +26,13 @@ class Chunk(NamedTuple):
 
 
 def chunks(shape: Sequence[int], device: torch.device) -> list[Chunk]:
-    """Of a pass whose widest temporary is [N, C, H, W]: as equal as can be on CPUs, one elsewhere."""
-    n, channels, h, w = shape
-    size = max(1, _BYTES // (4 * h * w * channels), _ROWS // (h * w)) if device.type == "cpu" else n
+    """Of a pass whose widest temporary is [N, C, *spatial]: as equal as can be on CPUs, one elsewhere."""
+    n, channels, *spatial = shape
+    pixels = math.prod(spatial)
+    size = max(1, _BYTES // (4 * pixels * channels), _ROWS // pixels) if device.type == "cpu" else n
     parts = max(1, -(-n // size))
     bounds = [(i * n // parts, (i + 1) * n // parts) for i in range(parts)]
-    return [Chunk(slice(a, b), slice(a * h * w, b * h * w), (b - a, h, w)) for a, b in bounds]
+    return [Chunk(slice(a, b), slice(a * pixels, b * pixels), (b - a, *spatial)) for a, b in bounds]
 
 
 class Scratch:

@@ -46,14 +46,13 @@ from .batch_norm import (
     channel_stats,
     correction,
     gemm_dtype,
-    image_stats,
     images,
     input_gradient,
     laid_out_as,
     mask_by_relu,
     merge_stats,
-    norm_backward,
     norm_sums,
+    row_stats,
     rows,
     zero_stats,
 )
@@ -87,22 +86,22 @@ class _NormReluConv:
         if out is None and len(parts) > 1:
             out = source.new_empty((len(source), len(self.weight)), dtype=self.dtype)
         for chunk in parts:
-            z = self._prologue(source[chunk.rows], chunk)
-            y = cast(conv(cast(z, self.compute), self.weight), self.dtype)
+            z = self._prologue(source[chunk.rows])
+            y = cast(conv(cast(z, self.compute), self.weight, chunk.shape), self.dtype)
             self._drop(y, chunk)
             if out is None:
-                out = rows(y)
+                out = y
             else:
-                out[chunk.rows] = rows(y)
+                out[chunk.rows] = y
             if want_stats:
-                stats.append(image_stats(y))
+                stats.append(row_stats(y))
         assert out is not None
         return out, merge_stats(stats, parts) if want_stats else None
 
     def backward(
         self, dys: Iterable[Tensor], source: Tensor, parts: list[Chunk], need_weight: bool, out: Tensor | None = None
     ) -> Iterator[tuple[Chunk, Tensor, Tensor]]:
-        """Yield each chunk with its x and da [n, C, h, w], from its gradient dy [n, K, h, w], which it overwrites.
+        """Yield each chunk with its x and da [m, C], from its gradient dy [m, K], which it overwrites.
 
         da is gathered in ``out`` [M, C] if given; when all are consumed, ``dweight`` is the weight's gradient.
         """
@@ -110,23 +109,24 @@ class _NormReluConv:
             x = source[chunk.rows]
             if x.dtype != self.acc or not x.is_contiguous():
                 x = self.scratch("x", *x.shape).copy_(x)
-            z = self._prologue(x, chunk)
+            z = self._prologue(x)
             self._drop(dy, chunk)
-            dz, dweight = conv_backward(cast(dy, self.compute), cast(z, self.compute), self.weight, need_weight)
+            dz, dweight = conv_backward(
+                cast(dy, self.compute), cast(z, self.compute), self.weight, chunk.shape, need_weight
+            )
             if dweight is not None:
                 dweight = cast(dweight, self.acc)
                 self.dweight = dweight if chunk is parts[0] else self.dweight.add_(dweight)
             dz = cast(dz, self.acc)
-            da = mask_by_relu(dz, z, out=dz if out is None else images(out[chunk.rows], *chunk.shape))
-            yield chunk, images(x, *chunk.shape), da
+            yield chunk, x, mask_by_relu(dz, z, out=dz if out is None else out[chunk.rows])
 
-    def _prologue(self, x: Tensor, chunk: Chunk) -> Tensor:
-        """z [n, C, h, w] in the accumulator dtype, good until the next."""
-        return images(affine_relu(x, self.vectors, self.scratch("z", *x.shape)), *chunk.shape)
+    def _prologue(self, x: Tensor) -> Tensor:
+        """z [m, C] in the accumulator dtype, good until the next."""
+        return affine_relu(x, self.vectors, self.scratch("z", *x.shape))
 
     def _drop(self, y: Tensor, chunk: Chunk) -> None:
         if self.mask is not None:
-            y.mul_(self.mask[chunk.images]).mul_(self.keep_scale)
+            y.mul_(rows(self.mask[chunk.images])).mul_(self.keep_scale)
 
 
 class _Block:
@@ -151,13 +151,21 @@ class _Block:
             norm, self.layers.growth_weight[layer], mask, self.layers.keep_scale, self.dtype, self.scratch
         )
 
+    def input_gradients(
+        self, da: Tensor, norm: Affine, source: Tensor, through: Correction | None, parts: list[Chunk]
+    ) -> Iterator[Tensor]:
+        """Those of a norm, chunk by chunk [m, C], each good until the next."""
+        for chunk in parts:
+            out = self.scratch("dx", chunk.pixels, da.shape[1])
+            yield input_gradient(da[chunk.rows], norm.scale, source[chunk.rows], through, out)
+
 
 def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottleneck: bool) -> DenseBlockOutput:
     """Forward with whichever statistics the norms ask for; convolutions compute in ``dtype``."""
-    n, c0, h, w = x.shape
+    n, c0, *spatial = x.shape
     block = _Block(layers, dtype)
     store = torch.promote_types(x.dtype, dtype)
-    out = empty_channels_last((n, layers.output_channels, h, w), store, x.device)
+    out = empty_channels_last((n, layers.output_channels, *spatial), store, x.device)
     shared = rows(out)  # X
     stats = zero_stats((layers.output_channels,), store, x.device)
     bottleneck_stats = zero_stats((layers.num_layers, layers.bottleneck_channels), store, x.device)
@@ -170,7 +178,7 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
         _store(stats, slice(0, c0), channel_stats(x), group)
     for layer in range(layers.num_layers):
         channels = c0 + layer * layers.growth_rate
-        parts = chunks((n, channels, h, w), x.device)
+        parts = chunks((n, channels, *spatial), x.device)
         source, norm = shared[:, :channels], layers.norm1(layer, stats)
         if layers.has_bottleneck:
             use_batch = layers.norm2_batch_stats[layer]
@@ -190,7 +198,7 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
 
 def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) -> Tensor:
     """Forward with running statistics, norm2 folded into conv1: X alone, [N, C_L, H, W]."""
-    n, c0, h, w = x.shape
+    n, c0, *spatial = x.shape
     store = torch.promote_types(x.dtype, dtype)
     acc, compute = accumulator_dtype(store), gemm_dtype(dtype, x.device)
     unread = zero_stats((0,), store, x.device)
@@ -199,24 +207,24 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) ->
     if layers.has_bottleneck:
         for layer, weight in enumerate(layers.conv1_weight):
             norm2 = affine(layers.norm2(layer, unread), acc)
-            folded = cast(weight, acc) * norm2.scale[:, None, None, None]
+            folded = cast(weight, acc) * norm2.scale.view(-1, *[1] * (x.dim() - 1))
             conv1.append((cast(folded, compute), cast(norm2.shift, compute)))
     growth = [cast(weight, compute) for weight in layers.growth_weight]
 
-    out = empty_channels_last((n, layers.output_channels, h, w), store, x.device)
+    out = empty_channels_last((n, layers.output_channels, *spatial), store, x.device)
     shared = rows(out)
     shared[:, :c0] = rows(x)
     scratch = Scratch(acc, x.device)
-    for chunk in chunks((n, layers.output_channels, h, w), x.device):  # through every layer while in cache
+    for chunk in chunks((n, layers.output_channels, *spatial), x.device):  # through every layer while in cache
         part = shared[chunk.rows]
         for layer, weight in enumerate(growth):
             channels = c0 + layer * layers.growth_rate
             z = affine_relu(part[:, :channels], norm1[layer], scratch("z", chunk.pixels, channels))
-            z = images(cast(z, compute), *chunk.shape)
+            z = cast(z, compute)
             if layers.has_bottleneck:
-                z = torch.conv2d(z, *conv1[layer]).relu_()
-            y = cast(conv(z, weight), dtype)
-            part[:, channels : channels + layers.growth_rate] = rows(y)
+                folded, bias = conv1[layer]
+                z = conv(z, folded, chunk.shape, bias).relu_()
+            part[:, channels : channels + layers.growth_rate] = cast(conv(z, weight, chunk.shape), dtype)
     return out
 
 
@@ -229,14 +237,14 @@ def dense_block_backward(
     needs: DenseBlockNeeds,
 ) -> DenseBlockGrads:
     """Gradients from that of X, for an input of ``x_dtype``. Bottlenecks that were not kept are made again."""
-    n, channels, h, w = output.out.shape
+    n, channels, *spatial = output.out.shape
     block = _Block(layers, dtype)
     shared = rows(output.out)
     acc = accumulator_dtype(shared.dtype)
     count, device = len(shared), shared.device
     stats = ChannelStats(output.mean, output.var)
     bottleneck_stats = ChannelStats(output.bottleneck_mean, output.bottleneck_var)
-    grad = torch.empty((n, h, w, channels), dtype=acc, device=device).copy_(grad_out.permute(0, 2, 3, 1))
+    grad = torch.empty((n, *spatial, channels), dtype=acc, device=device).copy_(grad_out.movedim(1, -1))
     grad = grad.view(count, channels)  # G, raw
     use_batch = any(layers.norm1_batch_stats)
     group = join(layers.group, count, device)
@@ -247,46 +255,43 @@ def dense_block_backward(
     norms2 = affines([layers.norm2(i, _at(bottleneck_stats, i)) for i in range(len(layers.norm2_weight))], acc)
     grads = _empty_grads(layers, shared)
 
-    def true_gradients(channels: slice, parts: list[Chunk]) -> Iterator[Tensor]:
-        """G + P + Q * (x - mean) of some channels, chunk by chunk: [n, k, h, w]."""
+    def true_gradient(channels: slice) -> Tensor:
+        """G + P + Q * (x - mean) of some channels, [M, k]."""
         part = Correction(*(vector[channels] for vector in through)) if use_batch else None
         if part and group:
             group.add_up(part.p, part.q)
-        for chunk in parts:
-            raw, x = grad[chunk.rows, channels], shared[chunk.rows, channels]
-            yield images(input_gradient(raw, one, x, part), *chunk.shape)
+        return input_gradient(grad[:, channels], one, shared[:, channels], part)
 
     for layer in reversed(range(first_layer, layers.num_layers)):
         channels -= layers.growth_rate
-        parts = chunks((n, channels, h, w), device)
+        parts = chunks((n, channels, *spatial), device)
         source, norm1 = shared[:, :channels], norms1[layer]
-        dys = true_gradients(slice(channels, channels + layers.growth_rate), parts)
+        dy = true_gradient(slice(channels, channels + layers.growth_rate))
         if layers.has_bottleneck:
             first = block.bottleneck(layer, norm1)
             hidden = output.bottleneck[layer] if output.bottleneck else first.forward(source, parts, False)[0]
-            second = block.growth(layer, norms2[layer])
+            norm2 = norms2[layer]
+            second = block.growth(layer, norm2)
             da = torch.empty(hidden.shape, dtype=acc, device=device)
-            for _ in second.backward(dys, hidden, parts, needs.conv2[layer], out=da):
-                pass
-            dh, s1, s2 = norm_backward(
-                images(da, n, h, w),
-                images(cast(hidden, acc), n, h, w),
-                norms2[layer],
-                layers.norm2_batch_stats[layer],
-                group,
-            )
-            dys = (dh[chunk.images] for chunk in parts)
+            narrow = chunks((n, layers.bottleneck_channels, *spatial), device)
+            halves = second.backward((dy[chunk.rows] for chunk in narrow), hidden, narrow, needs.conv2[layer], da)
+            s1, s2 = add_up([norm_sums(part, x, norm2) for _, x, part in halves])
+            own = correction(s1, s2, norm2, count) if layers.norm2_batch_stats[layer] else None
+            if own and group:
+                group.add_up(own.p, own.q)
+            dys = block.input_gradients(da, norm2, hidden, own, parts)
             grads.norm2_weight[layer] = cast(s2, layers.norm2_weight[layer].dtype)
             grads.norm2_bias[layer] = cast(s1, layers.norm2_bias[layer].dtype)
             if needs.conv2[layer]:
                 grads.conv2_weight[layer] = laid_out_as(second.dweight, layers.conv2_weight[layer])
         else:
             first = block.growth(layer, norm1)
+            dys = (dy[chunk.rows] for chunk in parts)
 
         sums = []
         for chunk, x, da in first.backward(dys, source, parts, needs.conv1[layer]):
             sums.append(norm_sums(da, x, norm1))
-            grad[chunk.rows, :channels].addcmul_(rows(da), norm1.scale)
+            grad[chunk.rows, :channels].addcmul_(da, norm1.scale)
         s1, s2 = add_up(sums)
         if layers.norm1_batch_stats[layer]:
             own = correction(s1, s2, norm1, count)
@@ -299,12 +304,8 @@ def dense_block_backward(
 
     if not needs.x:
         return grads
-    channels = layers.input_channels
-    parts = chunks((n, channels, h, w), device)
-    dx = empty_channels_last((n, channels, h, w), x_dtype, device)
-    for chunk, part in zip(parts, true_gradients(slice(0, channels), parts), strict=True):
-        dx[chunk.images] = part
-    return grads._replace(x=dx)
+    dx = true_gradient(slice(0, layers.input_channels))
+    return grads._replace(x=images(cast(dx, x_dtype), (n, *spatial)))
 
 
 def _store(stats: ChannelStats, where: slice | int, values: ChannelStats | None, group: Group | None) -> None:

@@ -1,0 +1,50 @@
+"""The pools of a DenseNet, in 1, 2 or 3 dimensions; a sequence is pooled as an image of one row."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def avg_pool(z: Tensor) -> Tensor:
+    """The average pool of 2, as a transition's."""
+    if z.dim() == 3:
+        return F.avg_pool2d(z.unsqueeze(2), (1, 2)).squeeze(2)
+    return F.avg_pool2d(z, 2) if z.dim() == 4 else F.avg_pool3d(z, 2)
+
+
+def avg_pool_backward(dout: Tensor, z: Tensor) -> Tensor:
+    """dz from the gradient of :func:`avg_pool`."""
+    if z.dim() == 3:
+        return _avg_pool_backward(dout.unsqueeze(2), z.unsqueeze(2), [1, 2]).squeeze(2)
+    return _avg_pool_backward(dout, z, [2] * (z.dim() - 2))
+
+
+def _avg_pool_backward(dout: Tensor, z: Tensor, size: list[int]) -> Tensor:
+    backward = torch.ops.aten.avg_pool2d_backward if z.dim() == 4 else torch.ops.aten.avg_pool3d_backward
+    return backward(dout, z, size, size, [0] * len(size), False, True, None)
+
+
+def max_pool(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The max pool of 3 with stride 2 and padding 1, as the stem's, and where in z the maxima are."""
+    if z.dim() == 3:
+        out, argmax = torch.ops.aten.max_pool2d_with_indices(z.unsqueeze(2), [1, 3], [1, 2], [0, 1])
+        return out.squeeze(2), argmax.squeeze(2)
+    pool = torch.ops.aten.max_pool2d_with_indices if z.dim() == 4 else torch.ops.aten.max_pool3d_with_indices
+    three, two, one = ([size] * (z.dim() - 2) for size in (3, 2, 1))
+    return pool(z, three, two, one)
+
+
+def max_pool_backward(dout: Tensor, z: Tensor, argmax: Tensor) -> Tensor:
+    """dz from the gradient of :func:`max_pool`."""
+    if z.dim() == 3:
+        dout, z, argmax = dout.unsqueeze(2), z.unsqueeze(2), argmax.unsqueeze(2)
+        return torch.ops.aten.max_pool2d_with_indices_backward(
+            dout, z, [1, 3], [1, 2], [0, 1], [1, 1], False, argmax
+        ).squeeze(2)
+    pool = torch.ops.aten.max_pool2d_with_indices_backward
+    if z.dim() == 5:
+        pool = torch.ops.aten.max_pool3d_with_indices_backward
+    three, two, one = ([size] * (z.dim() - 2) for size in (3, 2, 1))
+    return pool(dout, z, three, two, one, one, False, argmax)
