@@ -98,7 +98,7 @@ def to_reference(model: nn.Module, inplace: bool = False) -> nn.Module:
     for module in model.modules():
         vars(module).pop("_warned_of_fallback", None)
         if isinstance(module, Converted):
-            module.__class__ = module.original  # type: ignore[assignment]
+            module.__class__ = module._original  # type: ignore[assignment]
         else:
             stock.make_reference(module)
     return model
@@ -216,7 +216,7 @@ def _proved(module: nn.Module, ways: list[_Conversion]) -> _Conversion:
         if reason is None:
             return way
         reasons.append(reason)
-    raise Unread(reasons[0])
+    raise Unread(min(reasons, key=lambda reason: "in eval mode" in reason))  # the others were read rightly
 
 
 def _make_sequential(module: nn.Module) -> None:

@@ -83,7 +83,7 @@ class FastDenseNet(reference.DenseNet):
         def visit(name: str, out: Tensor) -> None:
             outputs = {name: out}
             if name in blocks:
-                new = [layer.growth_conv.out_channels for layer in blocks[name].layers()]
+                new = [layer.growth_conv.out_channels for layer in blocks[name].dense_layers()]
                 parts = out.split([out.shape[1] - sum(new), *new], 1)[1:]
                 outputs |= {f"{name}.{layer}": part for layer, part in zip(blocks[name], parts, strict=True)}
             passed.extend(outputs)

@@ -67,7 +67,7 @@ class FusedBlock(nn.Module):
     Shapes: [N, C_0, H, W] in any strides -> [N, C_0 + L*k, H, W] in dense channels-last memory, not a view.
     """
 
-    layout: BlockLayout
+    _layout: BlockLayout
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_with_stats(x, is_channels_last(x))[0]
@@ -78,7 +78,7 @@ class FusedBlock(nn.Module):
         ``channels_last``: the features of the fallback would have that layout, even if x's does not say so.
         """
         backend = _fast_backend(self, x, self._obstacle)
-        modules = [] if backend is None else self.layers()
+        modules = [] if backend is None else self.dense_layers()
         if backend is None or not _stock_computes(x, modules[0].norm1, modules[0].conv1.weight):
             return super().forward(x), None  # type: ignore[misc]  # of the class that this one goes before
         layers = self._gather(modules, x, channels_last)
@@ -87,33 +87,40 @@ class FusedBlock(nn.Module):
         uses_batch = any(layers.norm1_batch_stats) or any(layers.norm2_batch_stats)
         count = _count(x, layers.group) if uses_batch else 0
         biases = [cast(Tensor, layer.conv1.bias) for layer in modules if layer.conv1.bias is not None]
-        first = int(bool(biases))  # channel of the features in the buffer
+        first = 0  # channel of the features in the buffer
         channels = x.shape[1]
-        if self.layout.new_first:
-            x, layers = x.flip(1), _backwards(layers)
-        if biases:
-            x, layers = _with_biases(x, layers, biases)
+        if self._layout.new_first:
+            x, layers, biases = x.flip(1), _backwards(layers), [bias.flip(0) for bias in biases]
         stats = None
         if not needs_grad and not uses_batch and not layers.growth_mask:
+            shift = torch.cat([x.new_zeros(channels), *biases]) if biases else None
+            if shift is not None:  # the buffer holds the features without it
+                means = [mean - shift[: len(mean)] for mean in layers.norm1_running_mean]
+                layers = layers._replace(norm1_running_mean=means)
             out = ops.dense_block_inference(x, layers, dtype=dtype, backend=backend)
+            if shift is not None:
+                out.add_(shift.to(out.dtype).view(-1, *[1] * (out.dim() - 2)))
         else:
+            if biases:
+                first = 1
+                x, layers = _with_biases(x, layers, biases)
             keep = needs_grad and not modules[0].recomputes
             result = ops.dense_block(x, layers, dtype=dtype, save_bottleneck=keep, backend=backend)
             out, shared = result.out, ChannelStats(result.mean[first:], result.var[first:])
-            if self.layout.new_first:
+            if self._layout.new_first:
                 shared = ChannelStats(shared.mean.flip(0), shared.var.flip(0))
             self._update(modules, shared, ChannelStats(result.bottleneck_mean, result.bottleneck_var), count)
             if any(layers.norm1_batch_stats):
                 stats = BatchStats(shared.mean, shared.var, count, layers.group)
-        if self.layout.new_first:
+        if self._layout.new_first:
             out = out.flip(1)
-        if biases or self.layout.only_new:
+        if first or self._layout.only_new:
             out, stats = self._returned(out, stats, first, channels)
         return out, stats
 
-    def layers(self) -> list[Layer]:
+    def dense_layers(self) -> list[Layer]:
         """In the order of the forward."""
-        layout = self.layout
+        layout = self._layout
         found = []
         for layer in _child(self, layout.layers)._modules.values():
             state = cast(nn.Module, layer).__dict__
@@ -170,7 +177,7 @@ class FusedBlock(nn.Module):
         stats: list[ChannelStats] = []
         for i, layer in enumerate(layers):
             read = layer.norm1.num_features
-            part = slice(len(shared.mean) - read, None) if self.layout.new_first else slice(read)
+            part = slice(len(shared.mean) - read, None) if self._layout.new_first else slice(read)
             norms.append(layer.norm1)
             stats.append(ChannelStats(shared.mean[part], shared.var[part]))
             if layer.norm2 is not None:
@@ -183,8 +190,8 @@ class FusedBlock(nn.Module):
     ) -> tuple[Tensor, BatchStats | None]:
         """Of the buffer, whose features begin at ``first`` with ``channels`` of the input, what the forward returns."""
         start, end = first, out.shape[1]
-        if self.layout.only_new and getattr(self, self.layout.only_new):
-            start, end = (start, end - channels) if self.layout.new_first else (start + channels, end)
+        if self._layout.only_new and getattr(self, self._layout.only_new):
+            start, end = (start, end - channels) if self._layout.new_first else (start + channels, end)
             if stats is not None:
                 stats = stats._replace(mean=stats.mean[start - first : end - first], var=stats.var[start - first : end])
         if (start, end) != (0, out.shape[1]):
@@ -193,7 +200,7 @@ class FusedBlock(nn.Module):
 
     def _obstacle(self) -> str | None:
         """Why the op would not reproduce the layers' forward, or ``None``."""
-        layout = self.layout
+        layout = self._layout
         if layout.layers and list(self._modules) != [layout.layers]:
             return f"its children are {', '.join(self._modules)} instead of {layout.layers}"
         modules = cast(dict[str, nn.Module], _child(self, layout.layers)._modules)
@@ -213,7 +220,7 @@ class FusedBlock(nn.Module):
             obstacle = obstacle or _obstacle_in(_child(layer, layout.holder), layout)
             if obstacle:
                 return f"{name}: {obstacle}"
-        layers = self.layers()
+        layers = self.dense_layers()
         settings = _settings(layers[0])
         for name, these in zip(modules, map(_settings, layers), strict=True):
             if these != settings:
@@ -287,7 +294,7 @@ class FastDenseBlock(FusedBlock, reference.DenseBlock):
     """
 
     @property
-    def layout(self) -> BlockLayout:  # type: ignore[override]  # of its layers, which have bottlenecks or not
+    def _layout(self) -> BlockLayout:  # type: ignore[override]  # of its layers, which have bottlenecks or not
         first = next(iter(self._modules.values()), None)
         return layouts.PLAIN if getattr(first, "has_bottleneck", True) is False else layouts.BOTTLENECK
 
@@ -298,7 +305,7 @@ class FusedTransition(nn.Module):
     Shapes: [N, C, H, W] in any strides -> [N, C', H//2, W//2] in dense channels-last memory.
     """
 
-    layout: TransitionLayout
+    _layout: TransitionLayout
 
     def forward(self, x: Tensor, stats: BatchStats | None = None, channels_last: bool = True) -> Tensor:
         """``stats``: the batch statistics of x where they are known already.
@@ -309,7 +316,7 @@ class FusedTransition(nn.Module):
         if backend is None:
             return super().forward(x)  # type: ignore[misc]  # of the class that this one goes before
         parts: dict[str, Any] = self._modules
-        norm, conv = parts[self.layout.norm], parts[self.layout.conv]
+        norm, conv = parts[self._layout.norm], parts[self._layout.conv]
         if not _stock_computes(x, norm, conv.weight):
             return super().forward(x)  # type: ignore[misc]
         if self._drops():
@@ -318,11 +325,11 @@ class FusedTransition(nn.Module):
         return ops.transition(x, _norm_for(norm, x, stats, backend), conv.weight, dtype=dtype, backend=backend)
 
     def _drops(self) -> bool:
-        drop: Any = self._modules.get(self.layout.dropout)
+        drop: Any = self._modules.get(self._layout.dropout)
         return drop is not None and drop.training and drop.p > 0
 
     def _obstacle(self) -> str | None:
-        return _obstacle_in(self, self.layout)
+        return _obstacle_in(self, self._layout)
 
 
 class FastTransition(FusedTransition, reference.Transition):
@@ -338,7 +345,7 @@ class FastTransition(FusedTransition, reference.Transition):
     """
 
     @property
-    def layout(self) -> TransitionLayout:  # type: ignore[override]  # one has a dropout, another not
+    def _layout(self) -> TransitionLayout:  # type: ignore[override]  # one has a dropout, another not
         return layouts.DROPPING_TRANSITION if "drop" in self._modules else layouts.TRANSITION
 
 

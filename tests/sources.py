@@ -21,6 +21,7 @@ class Source:
     size: int = 64
     dropout: str = ""  # the argument that drops new features, if there is one
     dropout_rate: float = 0.4
+    without_gradient: tuple[str, ...] = ()  # biases before a norm, whose gradient in training is zero
 
     def build(self, **options: Any) -> nn.Module:
         """With norms that have learned something. Skips the test where the package is missing."""
@@ -28,6 +29,8 @@ class Source:
             pytest.importorskip(self.package, reason=f"needs {self.package}")
         torch.manual_seed(0)
         model = self.make(**options)
+        for name in self.without_gradient:
+            model.get_parameter(name).requires_grad_(False)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -90,7 +93,13 @@ SOURCES = {
     "segmentation_models_pytorch": Source("segmentation_models_pytorch", Taps, dropout="drop_rate"),
     "gpleiss": Source(None, wild.EfficientDenseNet, size=16, dropout="drop_rate"),
     "gpleiss ImageNet": Source(None, lambda **options: wild.EfficientDenseNet(small_inputs=False, **options)),
-    "FC-DenseNet": Source(None, lambda drop_rate=0.0: wild.FCDenseNet(drop_rate=drop_rate), 16, "drop_rate"),
+    "FC-DenseNet": Source(
+        None,
+        lambda drop_rate=0.0: wild.FCDenseNet(drop_rate=drop_rate),
+        16,
+        "drop_rate",
+        without_gradient=("firstconv.bias", "transUpBlocks.0.convTrans.bias", "transUpBlocks.1.convTrans.bias"),
+    ),
     "kuangliu": Source(None, wild.KuangliuDenseNet, size=16),
-    "phlippe": Source(None, wild.PhlippeDenseNet, size=16),
+    "phlippe": Source(None, wild.PhlippeDenseNet, size=16, without_gradient=("input_net.0.bias",)),
 }

@@ -54,14 +54,19 @@ MODES = {"train": nn.Module.train, "frozen": frozen, "eval": nn.Module.eval}
 @pytest.mark.parametrize("mode", MODES)
 @each_source
 def test_outputs_gradients_and_statistics(source: Source, mode: str, assert_parity) -> None:
-    """In float64, with dropout where there is any: it draws what the original draws."""
+    """In float64, with dropout where there is any: it draws what the original draws.
+
+    Encoders call their blocks one by one, which then do not know the layout that the original's features would have.
+    """
     stock = source.build(**({source.dropout: source.dropout_rate} if source.dropout else {}))
     fast = fastdense.convert(stock)
     assert len(blocks(fast)) == len(blocks(fastdense.convert(source.build()))) > 1
     for model in (stock, fast):
         MODES[mode](model)
     inputs = [source.images(seed=seed) for seed in range(2)]
-    assert_parity(fast, stock, inputs, dtype=torch.float64, memory_formats=[torch.contiguous_format])
+    is_encoder = source is SOURCES["segmentation_models_pytorch"]
+    memory_format = torch.channels_last if is_encoder else torch.contiguous_format
+    assert_parity(fast, stock, inputs, dtype=torch.float64, memory_formats=[memory_format])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "autocast bf16"])
@@ -74,7 +79,7 @@ def test_lower_precision(source: Source, mode: str, dtype: torch.dtype, clear_re
     for model in (stock, fast):
         MODES[mode](model)
     if not any(map(carries_relu, stock.modules())):  # else the norms' outputs are not what the ReLUs see
-        clear_relus([stock, fast], inputs)
+        clear_relus([fast, stock], inputs)
     assert_parity(fast, stock, inputs, dtype=dtype, autocast=dtype == torch.bfloat16)
 
 
@@ -255,7 +260,7 @@ def assert_declined(stock: nn.Module, path: str, reason: str, x: Tensor) -> None
     ("name", "options", "path", "reason"),
     [
         ("timm", dict(act_layer="silu"), "features.denseblock1", "it has the activation SiLU"),
-        ("timm", dict(norm_layer="groupnorm"), "features.denseblock1", "norm1: it is a GroupNormAct"),
+        ("timm", dict(norm_layer="groupnorm", growth_rate=32), "features.denseblock1", "norm1: it is a GroupNormAct"),
         ("MONAI", dict(norm="instance"), "features.denseblock2", "denselayer1: norm1: it is a InstanceNorm2d"),
         ("MONAI", dict(norm=("group", dict(num_groups=4))), "features.transition1", "norm: it is a GroupNorm"),
         ("MONAI", dict(act="swish"), "features.denseblock1", "relu1: it is a Swish"),
@@ -365,7 +370,7 @@ def test_timms_own_methods() -> None:
         assert parity.relative_error(ours, theirs) <= EXACT
     fast.reset_classifier(7)
     assert fast.double()(x).shape == (2, 7)
-    fast.prune_intermediate_layers(1)
+    fast.prune_intermediate_layers([1])
     assert isinstance(fast.features, nn.Sequential)
     assert fast.forward_features(x).shape == stock.forward_intermediates(x)[1][1].shape
 

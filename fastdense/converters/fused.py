@@ -14,6 +14,7 @@ from torch import nn
 
 from ..layouts import BlockLayout, TransitionLayout
 from ..modules import FusedBlock, FusedTransition, serve_norm_act
+from .structure import Unread
 
 Layout = BlockLayout | TransitionLayout
 
@@ -21,12 +22,12 @@ Layout = BlockLayout | TransitionLayout
 class Converted(nn.Module):
     """What all such classes share: they are pickled by what they are made of."""
 
-    original: type[nn.Module]
-    layout: Layout
+    _original: type[nn.Module]
+    _layout: Layout
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = cast(tuple[Any, ...], super().__reduce_ex__(max(2, protocol)))[2:]
-        return (_empty, (self.original, self.layout), *state)
+        return (_empty, (self._original, self._layout), *state)
 
 
 _classes: dict[tuple[type[nn.Module], Layout], type[Converted]] = {}
@@ -37,14 +38,23 @@ def fused_class(original: type[nn.Module], layout: Layout) -> type[Converted]:
     if (original, layout) not in _classes:
         know_timm()
         base = FusedBlock if isinstance(layout, BlockLayout) else FusedTransition
-        members = dict(original=original, layout=layout, __module__=original.__module__, __doc__=original.__doc__)
+        members = dict(_original=original, _layout=layout, __module__=original.__module__, __doc__=original.__doc__)
         made = type(f"Fast{original.__name__.lstrip('_')}", (Converted, base, original), members)
         _classes[original, layout] = cast(type[Converted], made)
     return _classes[original, layout]
 
 
 def make_fused(module: nn.Module, layout: Layout) -> None:
-    """In place."""
+    """In place.
+
+    Raises:
+        Unread: the module has something of a name that our classes need.
+    """
+    base = FusedBlock if isinstance(layout, BlockLayout) else FusedTransition
+    ours = {name for kind in (Converted, base) for name in vars(kind) if not name.startswith("__")} - {"forward"}
+    for name in sorted(ours):
+        if hasattr(module, name):
+            raise Unread(f"it has a {name} of its own")
     module.__class__ = fused_class(type(module), layout)
 
 
