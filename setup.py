@@ -34,6 +34,7 @@ has_kernels = sys.platform != "win32" and platform.machine() in ("x86_64", "AMD6
 setup(
     packages=[
         "fastdense",
+        "fastdense.converters",
         "fastdense.kernels",
         "fastdense.kernels.cpu",
         "fastdense.kernels.portable",

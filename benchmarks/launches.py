@@ -148,7 +148,7 @@ def network_launches(
     for i, (name, stage) in enumerate(stages.items()):
         with recorded(make=False) as part:
             if isinstance(stage, FastDenseBlock):
-                layers = stage._gather(x, True)
+                layers = stage._gather(stage.dense_layers(), x, True)
                 if train:
                     block_input, output = x, kernels.dense_block(x, layers, dtype, True)
                     x = output.out

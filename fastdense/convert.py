@@ -2,44 +2,29 @@
 
 Conversion changes how a module computes, not what it holds: recognised modules change their class in place, so
 parameters, buffers, hooks, optimizers' references and state_dict keys stay as they are. A module is converted
-only if its class is known, its children are the stock modules that the ops reproduce, and a copy of it in
-float64 gives the same numbers before and after, in eval and in train mode. All else is left alone, and
-:func:`explain` says why.
+only if its structure is that of a dense block, a transition or a DenseNet (:mod:`.converters`), its children are the
+stock modules that the ops reproduce, and a copy of it in float64 gives the same numbers before and after, in eval and
+in train mode. All else is left alone, and :func:`explain` says why.
 """
 
 from __future__ import annotations
 
 import copy
-import warnings
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import reference
+from .converters import probe, stock
+from .converters.fused import Converted, Layout, know_timm, make_fused
+from .converters.stock import FAST_CLASS, kind_of
+from .converters.structure import Unread, block_layouts, transition_layout
 from .models import FastDenseNet
-from .modules import FallbackWarning, FastDenseBlock, FastTransition
-from .parity import BUDGETS, relative_error
+from .modules import FusedBlock, FusedTransition
+from .stages import FastSequential
 from .text import aligned
-
-_TORCHVISION = "torchvision.models.densenet"
-
-_FAST_CLASS: dict[str, type[nn.Module]] = {
-    f"{_TORCHVISION}._DenseBlock": FastDenseBlock,
-    f"{_TORCHVISION}._Transition": FastTransition,
-    f"{_TORCHVISION}.DenseNet": FastDenseNet,
-    f"{reference.__name__}.DenseBlock": FastDenseBlock,
-    f"{reference.__name__}.Transition": FastTransition,
-    f"{reference.__name__}.DenseNet": FastDenseNet,
-}
-"""What each known class becomes. Classes are known by their exact name: a subclass may compute anything."""
-
-_REFERENCE_CLASS: dict[type[nn.Module], type[nn.Module]] = {
-    FastDenseBlock: reference.DenseBlock,
-    FastTransition: reference.Transition,
-    FastDenseNet: reference.DenseNet,
-}
 
 
 @dataclass(frozen=True)
@@ -76,8 +61,8 @@ class Explanation:
 def convert(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Have every dense block, transition and DenseNet in ``model`` that can be recognised run fused.
 
-    Recognised are torchvision's and :mod:`fastdense.reference`'s, at any depth. Parameters, buffers, mode and
-    state_dict stay the same, and :func:`to_reference` goes back.
+    Recognised are torchvision's, timm's, MONAI's, torchxrayvision's, segmentation_models_pytorch's and others of their
+    structure, at any depth. Parameters, buffers, mode and state_dict stay the same, and :func:`to_reference` goes back.
 
     Args:
         model: any module; may itself be a DenseNet.
@@ -88,21 +73,21 @@ def convert(model: nn.Module, inplace: bool = False) -> nn.Module:
     """
     if not inplace:
         model = copy.deepcopy(model)
-    for module, finding in _examine(model):
-        if finding.verdict == "convertible":
-            _make_fast(module)
+    for module, _, conversion in _examine(model):
+        if conversion is not None:
+            conversion.make_fast(module)
     return model
 
 
 def explain(model: nn.Module) -> Explanation:
     """What :func:`convert` would do to ``model``, or did, module by module, and why not where it does not."""
-    return Explanation(tuple(finding for _, finding in _examine(model)))
+    return Explanation(tuple(finding for _, finding, _ in _examine(model))[::-1])
 
 
 def to_reference(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """Back to stock ``nn`` modules (:mod:`fastdense.reference`), same parameters and state_dict.
+    """Back to the classes before :func:`convert`, or to :mod:`fastdense.reference`'s if the model was built fast.
 
-    For export, quantisation, or whatever else must see ordinary modules.
+    For export, quantisation, or whatever else must see ordinary modules. Parameters and state_dict are the same.
 
     Args:
         model: a converted or natively built model.
@@ -111,104 +96,135 @@ def to_reference(model: nn.Module, inplace: bool = False) -> nn.Module:
     if not inplace:
         model = copy.deepcopy(model)
     for module in model.modules():
-        if type(module) in _REFERENCE_CLASS:
-            module.__class__ = _REFERENCE_CLASS[type(module)]
-            module.__dict__.pop("_warned_of_fallback", None)
+        vars(module).pop("_warned_of_fallback", None)
+        if isinstance(module, Converted):
+            module.__class__ = module._original  # type: ignore[assignment]
+        else:
+            stock.make_reference(module)
     return model
 
 
-def _examine(model: nn.Module) -> Iterator[tuple[nn.Module, Finding]]:
-    """Every module of interest; each may be converted before the next is asked for."""
-    for path, module in model.named_modules():
-        kind = _kind(module)
-        if type(module) in _REFERENCE_CLASS:
-            yield module, Finding(path, kind, "fast", _obstacle(module) or "")
-        elif kind in _FAST_CLASS:
-            reason = _refusal(module)
-            yield module, Finding(path, kind, "left alone" if reason else "convertible", reason or "")
-        elif _looks_dense(module):
-            yield module, Finding(path, kind, "left alone", "this class is not known and may compute anything")
+class _Conversion(NamedTuple):
+    """How a module is made fast, in place."""
+
+    make_fast: Callable[[nn.Module], None]
+    is_stage: bool  # a block or a transition
 
 
-def _kind(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+_DECLINED = {
+    "timm.models.rdnet": "RDNet's layers are 7x7 depthwise convolutions, LayerNorm and GELU",
+}
+"""Python modules whose networks are DenseNets by name, and why not ours."""
 
 
-def _looks_dense(module: nn.Module) -> bool:
-    names = [base.__name__.lower() for base in type(module).__mro__]
-    return any("denseblock" in name or "densenet" in name for name in names)
+def _examine(model: nn.Module) -> Iterator[tuple[nn.Module, Finding, _Conversion | None]]:
+    """Every module of interest, after what it contains; it may be converted before the next is asked for."""
+    know_timm()
+    stages: set[nn.Module] = set()  # blocks and transitions that are fast or can be made so
+    for path, module in reversed(list(model.named_modules())):
+        kind = kind_of(module)
+        if isinstance(module, FusedBlock | FusedTransition | FastDenseNet | FastSequential):
+            if isinstance(module, FusedBlock | FusedTransition):
+                stages.add(module)
+            yield module, Finding(path, kind, "fast", _obstacle(module) or ""), None
+            continue
+        try:
+            conversion = _conversion(module, stages)
+        except Unread as reason:
+            yield module, Finding(path, kind, "left alone", str(reason)), None
+            continue
+        if conversion is not None:
+            if conversion.is_stage:
+                stages.add(module)
+            yield module, Finding(path, kind, "convertible"), conversion
 
 
-def _refusal(module: nn.Module) -> str | None:
-    """Why ``module``, of a known class, must not be converted, or ``None``."""
+def _conversion(module: nn.Module, stages: set[nn.Module]) -> _Conversion | None:
+    """How ``module`` is made fast, or ``None`` if it is nothing of interest; ``stages`` has its parts that can be.
+
+    Raises:
+        Unread: it looks like a part of a DenseNet and is left alone; why.
+    """
+    kind = kind_of(module)
+    if kind in FAST_CLASS:
+        return _proved(module, [_Conversion(stock.make_fast, FAST_CLASS[kind] is not FastDenseNet)])
+    if type(module) is nn.Sequential and not stages.isdisjoint(module.children()):
+        return _Conversion(_make_sequential, False)
+    if _is_named(module, "denseblock", "densenet", "transition", "rdnet"):
+        if type(module).__module__ in _DECLINED:
+            raise Unread(_DECLINED[type(module).__module__])
+        if not stages.isdisjoint(module.modules()):
+            raise Unread("its forward is its own, and calls what is converted")
+        if not module._modules or _is_named(module, "densenet"):
+            raise Unread("this class is not known and may compute anything")
+        return _proved(module, _readings(module))
+    if type(module).forward is nn.Module.forward:  # a container
+        return None
     try:
-        original = copy.deepcopy(module)
-        if not any(p.is_meta for p in module.parameters()):
-            original = original.cpu().double()
-        for part in original.modules():
-            if type(part) is nn.SyncBatchNorm:
-                part.__class__ = nn.BatchNorm2d  # type: ignore[assignment]  # no other process runs the probe
+        readings = _readings(module)
+    except Unread:
+        return None
+    try:
+        return _proved(module, readings)
+    except Unread:
+        if len(readings) > 1 and len(module._modules) > 1:
+            raise  # layers of a growing number of channels
+        return None
+
+
+def _is_named(module: nn.Module, *words: str) -> bool:
+    """Whether one of the words is in the name of its class, or of one that it derives from."""
+    return any(word in base.__name__.lower() for base in type(module).__mro__ for word in words)
+
+
+def _readings(module: nn.Module) -> list[_Conversion]:
+    """What the structure of ``module`` allows it to be.
+
+    Raises:
+        Unread: neither a block nor a transition.
+    """
+    layouts: list[Layout]
+    has_pool = any(isinstance(child, nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d) for child in module.children())
+    if _is_named(module, "transition") or has_pool:
+        layouts = [transition_layout(module)]
+    else:
+        layouts = list(block_layouts(module, kind_of(module)))
+    return [_Conversion(functools.partial(make_fused, layout=layout), True) for layout in layouts]
+
+
+def _proved(module: nn.Module, ways: list[_Conversion]) -> _Conversion:
+    """The first of ``ways`` that makes of a copy of ``module`` something fast that computes the same.
+
+    Raises:
+        Unread: none does, and why the first does not.
+    """
+    try:
+        original = probe.exact_copy(module)
     except Exception as error:  # whatever a user's tensors and hooks may raise
-        return f"it cannot be copied to be checked: {error}"
-    fast = copy.deepcopy(original)
-    for part in fast.modules():
-        if _kind(part) in _FAST_CLASS:
-            _make_fast(part)
-    reason = "its forward was replaced" if "forward" in module.__dict__ else _obstacle(fast)
-    if reason or any(p.is_meta for p in module.parameters()):
-        return reason
-    return _difference(original, fast)
+        raise Unread(f"it cannot be copied to be checked: {error}") from error
+    if "forward" in vars(module):
+        raise Unread("its forward was replaced")
+    if len(ways) > 1 and probe.on_meta(module):
+        raise Unread("without values it cannot be told what it computes")
+    reasons = []
+    for way in ways:
+        fast = copy.deepcopy(original)
+        way.make_fast(fast)
+        reason = _obstacle(fast)
+        if reason is None and not probe.on_meta(module):
+            reason = probe.difference(copy.deepcopy(original), fast)
+        if reason is None:
+            return way
+        reasons.append(reason)
+    raise Unread(min(reasons, key=lambda reason: "in eval mode" in reason))  # the others were read rightly
 
 
-def _make_fast(module: nn.Module) -> nn.Module:
-    fast_class = _FAST_CLASS[_kind(module)]
-    if fast_class is FastDenseBlock:
-        for layer in module.children():
-            if type(layer).__module__ == _TORCHVISION and type(layer).__name__ == "_DenseLayer":
-                layer.__class__ = reference.DenseLayer
-                layer.__dict__.update(has_bottleneck=True, drop_every_conv=False)
-    module.__class__ = fast_class
-    return module
+def _make_sequential(module: nn.Module) -> None:
+    module.__class__ = FastSequential
 
 
 def _obstacle(module: nn.Module) -> str | None:
     if isinstance(module, FastDenseNet):
         names = list(module._modules)
         return None if names == ["features", "classifier"] else f"its children are {', '.join(names)}"
-    return module._obstacle() if isinstance(module, FastDenseBlock | FastTransition) else None
-
-
-def _difference(original: nn.Module, fast: nn.Module) -> str | None:
-    """How two copies differ on a probe, in eval mode and then in train mode, or ``None``. Changes their state."""
-    try:
-        probe = _probe(original)
-        for train in (False, True):
-            seen = []
-            for module in (original, fast):
-                module.train(train)
-                with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
-                    warnings.simplefilter("ignore", FallbackWarning)
-                    torch.manual_seed(0)
-                    seen.append([type(module).forward(module, probe), *module.buffers()])
-            error = max(map(relative_error, *seen))
-            if error > _SAME:
-                return f"on a probe in {'train' if train else 'eval'} mode it differs by {error:.2g}"
-    except Exception as error:  # whatever a user's modules may raise
-        return f"it cannot be run on a probe: {error}"
-    return None
-
-
-_SAME = BUDGETS[torch.float64].floor
-"""Difference of two float64 evaluations in another order; a wrong algorithm differs by about one."""
-
-
-def _probe(module: nn.Module) -> Tensor:
-    """A small input for ``module``: its first convolution or norm knows the channels."""
-    channels_of: dict[type[nn.Module], Callable[..., int]] = {
-        nn.Conv2d: lambda m: m.in_channels,
-        nn.BatchNorm2d: lambda m: m.num_features,
-    }
-    first = next(m for m in module.modules() if type(m) in channels_of)
-    size = 64 if isinstance(module, reference.DenseNet) or type(module).__name__ == "DenseNet" else 6
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, channels_of[type(first)](first), size, size + 2, generator=generator, dtype=torch.float64)
+    return module._obstacle() if isinstance(module, FusedBlock | FusedTransition) else None

@@ -25,7 +25,7 @@ from . import backends
 from .kernels.contract import DenseLayers
 from .kernels.portable.batch_norm import gemm_dtype
 from .kernels.portable.chunks import chunks
-from .modules import FastDenseBlock, FastTransition
+from .modules import FusedBlock, FusedTransition
 from .roofline import Stage
 
 
@@ -250,7 +250,7 @@ def _packed_on_cpu(model: nn.Module, dtype: torch.dtype, train: bool) -> int:
     if backends.select(torch.device("cpu"), torch.float32) != "cpu":
         return 0
     narrow = gemm_dtype(dtype, torch.device("cpu")) != torch.float32
-    fast = [m for m in model.modules() if isinstance(m, FastTransition if train else (FastTransition, FastDenseBlock))]
+    fast = [m for m in model.modules() if isinstance(m, FusedTransition if train else (FusedTransition, FusedBlock))]
     weights = [conv.weight for module in fast for conv in module.modules() if isinstance(conv, nn.Conv2d)]
     forms = [2 if narrow else 4 * 25 / 9 if weight.shape[-1] == 3 else 4 for weight in weights]
     return int(sum(form * weight.numel() for form, weight in zip(forms, weights, strict=True)))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import reference
 from .architectures import cifar_config, constructor
-from .modules import BatchNorm, BatchStats, FastDenseBlock, FastTransition, head, hooked, is_channels_last, stem_tail
-
-_STEM_TAILS = [[nn.ReLU, pool] for pool in (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)]
-"""What may follow a norm to make up a stem's tail."""
+from .modules import BatchNorm, FastDenseBlock, FastTransition, head, hooked
+from .stages import FastSequential, through
 
 
 class FastDenseNet(reference.DenseNet):
@@ -44,7 +41,7 @@ class FastDenseNet(reference.DenseNet):
     def forward(self, x: Tensor) -> Tensor:
         if self._is_rebuilt():
             return super().forward(x)
-        x, stats, norm = self._through_stages(x)
+        x, stats, norm = through(self.features, x)
         if norm is not None:
             return self.classifier(head(norm, x, stats))
         return self.forward_head(F.relu(x))
@@ -53,7 +50,7 @@ class FastDenseNet(reference.DenseNet):
         """What the head pools: the last features, normalised and through the ReLU, [N, num_features, ...]."""
         if self._is_rebuilt():
             return F.relu(self.features(x))
-        x, _, norm = self._through_stages(x)
+        x, _, norm = through(self.features, x)
         return F.relu(x if norm is None else norm(x))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
@@ -85,13 +82,13 @@ class FastDenseNet(reference.DenseNet):
         def visit(name: str, out: Tensor) -> None:
             outputs = {name: out}
             if name in blocks:
-                new = [layer.growth_conv.out_channels for layer in blocks[name].layers()]
+                new = [layer.growth_conv.out_channels for layer in blocks[name].dense_layers()]
                 parts = out.split([out.shape[1] - sum(new), *new], 1)[1:]
                 outputs |= {f"{name}.{layer}": part for layer, part in zip(blocks[name], parts, strict=True)}
             passed.extend(outputs)
             found.update({name: out for name, out in outputs.items() if name in wanted})
 
-        self._through_stages(x, visit)
+        through(self.features, x, visit)
         if len(found) < len(wanted):
             unknown = ", ".join(sorted(wanted - set(found)))
             raise ValueError(f"no intermediate {unknown}; there are {', '.join(passed)}")
@@ -113,35 +110,7 @@ class FastDenseNet(reference.DenseNet):
 
     def _is_rebuilt(self) -> bool:
         """The features are not a plain sequence any more, and are called as a whole."""
-        return type(self.features) is not nn.Sequential or hooked(self.features) is not None
-
-    def _through_stages(
-        self, x: Tensor, visit: Callable[[str, Tensor], None] | None = None
-    ) -> tuple[Tensor, BatchStats | None, BatchNorm | None]:
-        """Through all stages but a norm at the end, which comes back with its input and the statistics of that.
-
-        ``visit`` is told the name and the output of every stage, of some that are fused only the last.
-        """
-        stages = list(self.features.named_children())
-        stats: BatchStats | None = None  # of x, where known
-        channels_last = is_channels_last(x)  # as the reference's features would be; ours always are
-        while stages:
-            name, stage = stages.pop(0)
-            if isinstance(stage, BatchNorm) and not stages:
-                return x, stats, stage
-            if isinstance(stage, BatchNorm) and [type(s) for _, s in stages[:2]] in _STEM_TAILS:
-                (_, relu), (name, pool) = stages.pop(0), stages.pop(0)
-                x, stats = stem_tail(stage, relu, pool, x), None
-            elif isinstance(stage, FastDenseBlock) and not hooked(stage):
-                x, stats = stage.forward_with_stats(x, channels_last)
-            elif isinstance(stage, FastTransition) and not hooked(stage):
-                x, stats = stage.forward(x, stats, channels_last), None
-            else:
-                x, stats = stage(x), None
-                channels_last = is_channels_last(x)
-            if visit is not None:
-                visit(name, x)
-        return x, stats, None
+        return type(self.features) not in (nn.Sequential, FastSequential) or hooked(self.features) is not None
 
 
 def densenet_cifar(

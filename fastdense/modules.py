@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
-from . import backends, ops, reference
+from . import backends, layouts, ops, reference
 from .kernels.contract import ChannelStats, DenseLayers, Norm, empty_channels_last
+from .layouts import BlockLayout, TransitionLayout
 
 
 class FallbackWarning(UserWarning):
@@ -31,6 +32,9 @@ class FallbackWarning(UserWarning):
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 """The norms that the ops compute."""
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+"""The convolutions that they compute."""
 
 
 class BatchStats(NamedTuple):
@@ -42,7 +46,242 @@ class BatchStats(NamedTuple):
     group: str  # of the processes whose batches they are of, "" for this one alone
 
 
-class FastDenseBlock(reference.DenseBlock):
+class Layer(NamedTuple):
+    """One layer of a dense block, whatever its implementation calls its parts."""
+
+    norm1: BatchNorm
+    conv1: Conv
+    norm2: BatchNorm | None  # None without bottleneck
+    conv2: Conv | None
+    drop_rate: float  # 0 in evaluation
+    drops_channels: bool  # whole ones, as Dropout2d
+    drops_every_conv: bool
+    recomputes: bool
+
+    @property
+    def growth_conv(self) -> Conv:
+        """The 3x3 whose output are the new features."""
+        return self.conv1 if self.conv2 is None else self.conv2
+
+
+class FusedBlock(nn.Module):
+    """A dense block over one shared buffer. Goes before the class of an implementation, whose forward is its fallback.
+
+    Shapes: [N, C_0, *spatial] in any strides -> [N, C_0 + L*k, *spatial], dense with channels innermost, not a view.
+    """
+
+    _layout: BlockLayout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_with_stats(x, is_channels_last(x))[0]
+
+    def forward_with_stats(self, x: Tensor, channels_last: bool = False) -> tuple[Tensor, BatchStats | None]:
+        """The output and, where the block's norms made them, its batch statistics for the next norm.
+
+        ``channels_last``: the features of the fallback would have that layout, even if x's does not say so.
+        """
+        backend = _fast_backend(self, x, self._obstacle)
+        modules = [] if backend is None else self.dense_layers()
+        if backend is None or not _stock_computes(x, modules[0].norm1, modules[0].conv1.weight):
+            return super().forward(x), None  # type: ignore[misc]  # of the class that this one goes before
+        layers = self._gather(modules, x, channels_last)
+        dtype = _conv_dtype(x, layers.conv1_weight[0])
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        uses_batch = any(layers.norm1_batch_stats) or any(layers.norm2_batch_stats)
+        count = _count(x, layers.group) if uses_batch else 0
+        biases = [cast(Tensor, layer.conv1.bias) for layer in modules if layer.conv1.bias is not None]
+        first = 0  # channel of the features in the buffer
+        channels = x.shape[1]
+        if self._layout.new_first:
+            x, layers, biases = x.flip(1), _backwards(layers), [bias.flip(0) for bias in biases]
+        stats = None
+        if not needs_grad and not uses_batch and not layers.growth_mask:
+            shift = torch.cat([x.new_zeros(channels), *biases]) if biases else None
+            if shift is not None:  # the buffer holds the features without it
+                means = [mean - shift[: len(mean)] for mean in layers.norm1_running_mean]
+                layers = layers._replace(norm1_running_mean=means)
+            out = ops.dense_block_inference(x, layers, dtype=dtype, backend=backend)
+            if shift is not None:
+                out.add_(shift.to(out.dtype).view(-1, *[1] * (out.dim() - 2)))
+        else:
+            if biases:
+                first = 1
+                x, layers = _with_biases(x, layers, biases)
+            keep = needs_grad and not modules[0].recomputes
+            result = ops.dense_block(x, layers, dtype=dtype, save_bottleneck=keep, backend=backend)
+            out, shared = result.out, ChannelStats(result.mean[first:], result.var[first:])
+            if self._layout.new_first:
+                shared = ChannelStats(shared.mean.flip(0), shared.var.flip(0))
+            self._update(modules, shared, ChannelStats(result.bottleneck_mean, result.bottleneck_var), count)
+            if any(layers.norm1_batch_stats):
+                stats = BatchStats(shared.mean, shared.var, count, layers.group)
+        if self._layout.new_first:
+            out = out.flip(1)
+        if first or self._layout.only_new:
+            out, stats = self._returned(out, stats, first, channels)
+        return out, stats
+
+    def dense_layers(self) -> list[Layer]:
+        """In the order of the forward."""
+        layout = self._layout
+        found = []
+        for layer in _child(self, layout.layers)._modules.values():
+            state = cast(nn.Module, layer).__dict__
+            parts: dict[str, Any] = _child(cast(nn.Module, layer), layout.holder)._modules
+            drop = parts[layout.dropout] if layout.dropout else None
+            if drop is not None:
+                drop_rate = drop.p if drop.training else 0.0
+            else:
+                drop_rate = state[layout.drop_rate] if layout.drop_rate and state["training"] else 0.0
+            found.append(
+                Layer(
+                    parts[layout.norm1],
+                    parts[layout.conv1],
+                    parts[layout.norm2] if layout.norm2 else None,
+                    parts[layout.conv2] if layout.conv2 else None,
+                    drop_rate,
+                    isinstance(drop, nn.Dropout1d | nn.Dropout2d | nn.Dropout3d),
+                    state.get("drop_every_conv", False),
+                    bool(layout.recompute and state[layout.recompute]),
+                )
+            )
+        return found
+
+    def _gather(self, layers: list[Layer], x: Tensor, channels_last: bool) -> DenseLayers:
+        """The layers' parameters, and the dropout masks in the order and layout of the fallback."""
+        first = layers[0]
+        norms1 = [layer.norm1 for layer in layers]
+        norms2 = [layer.norm2 for layer in layers if layer.norm2 is not None]
+        batch1, batch2 = ([_uses_batch_stats(norm) for norm in norms] for norms in (norms1, norms2))
+        bottleneck_mask, growth_mask = [], []
+        if first.drop_rate > 0:
+            for layer in layers:
+                if layer.conv2 is not None and layer.drops_every_conv:
+                    bottleneck_mask.append(_dropout_mask(x, layer.conv1, layer, channels_last))
+                growth_mask.append(_dropout_mask(x, layer.growth_conv, layer, channels_last))
+        return DenseLayers(
+            *_norm_lists(norms1, x),
+            [cast(Tensor, layer.conv1._parameters["weight"]) for layer in layers],
+            *_norm_lists(norms2, x),
+            [cast(Tensor, layer.conv2._parameters["weight"]) for layer in layers if layer.conv2 is not None],
+            bottleneck_mask,
+            growth_mask,
+            batch1,
+            [norm.eps for norm in norms1],
+            batch2,
+            [norm.eps for norm in norms2],
+            first.drop_rate,
+            next((_group_of(norm) for norm in itertools.compress(norms1 + norms2, batch1 + batch2)), ""),
+        )
+
+    def _update(self, layers: list[Layer], shared: ChannelStats, bottleneck: ChannelStats, count: int | Tensor) -> None:
+        """The running statistics, from the batch's of all features and of each layer's bottleneck."""
+        norms: list[BatchNorm] = []
+        stats: list[ChannelStats] = []
+        for i, layer in enumerate(layers):
+            read = layer.norm1.num_features
+            part = slice(len(shared.mean) - read, None) if self._layout.new_first else slice(read)
+            norms.append(layer.norm1)
+            stats.append(ChannelStats(shared.mean[part], shared.var[part]))
+            if layer.norm2 is not None:
+                norms.append(layer.norm2)
+                stats.append(ChannelStats(bottleneck.mean[i], bottleneck.var[i]))
+        _update_running_stats(norms, stats, count)
+
+    def _returned(
+        self, out: Tensor, stats: BatchStats | None, first: int, channels: int
+    ) -> tuple[Tensor, BatchStats | None]:
+        """Of the buffer, whose features begin at ``first`` with ``channels`` of the input, what the forward returns."""
+        start, end = first, out.shape[1]
+        if self._layout.only_new and getattr(self, self._layout.only_new):
+            start, end = (start, end - channels) if self._layout.new_first else (start + channels, end)
+            if stats is not None:
+                stats = stats._replace(mean=stats.mean[start - first : end - first], var=stats.var[start - first : end])
+        if (start, end) != (0, out.shape[1]):
+            out = out[:, start:end].clone(memory_format=torch.channels_last)
+        return out, stats
+
+    def _obstacle(self) -> str | None:
+        """Why the op would not reproduce the layers' forward, or ``None``."""
+        layout = self._layout
+        if layout.layers and list(self._modules) != [layout.layers]:
+            return f"its children are {', '.join(self._modules)} instead of {layout.layers}"
+        modules = cast(dict[str, nn.Module], _child(self, layout.layers)._modules)
+        if not modules:
+            return "it has no layers"
+        for name, layer in modules.items():
+            if type(layer) is not layout.layer_class:
+                return f"{name} is a {type(layer).__name__}"
+            obstacle = _hooked(layer)
+            if layout.holder and not obstacle:
+                if list(layer._modules) != [layout.holder]:
+                    obstacle = f"its children are {', '.join(layer._modules)} instead of {layout.holder}"
+                elif type(layer._modules[layout.holder]) is not nn.Sequential:
+                    obstacle = f"{layout.holder}: it is a {type(layer._modules[layout.holder]).__name__}"
+                else:
+                    obstacle = _hooked(_child(layer, layout.holder))
+            obstacle = obstacle or _obstacle_in(_child(layer, layout.holder), layout)
+            if obstacle:
+                return f"{name}: {obstacle}"
+        layers = self.dense_layers()
+        settings = _settings(layers[0])
+        for name, these in zip(modules, map(_settings, layers), strict=True):
+            if these != settings:
+                return f"{name} differs from {next(iter(modules))} in dropout, biases or training mode"
+        norms = [norm for layer in layers for norm in (layer.norm1, layer.norm2) if norm is not None]
+        if len(_groups(norms)) > 1:
+            return "its norms take their statistics over different processes"
+        return None
+
+
+def _settings(layer: Layer) -> tuple[Any, ...]:
+    """What all layers of a block must have in common."""
+    return layer.drop_rate, layer.drops_channels, layer.drops_every_conv, layer.conv1.bias is None
+
+
+def _child(module: nn.Module, name: str) -> nn.Module:
+    return cast(nn.Module, module._modules[name]) if name else module
+
+
+def _backwards(layers: DenseLayers) -> DenseLayers:
+    """Of a block that puts new features first: read from its last channel on, it puts them last."""
+
+    def flipped(tensors: list[Tensor], dim: int) -> list[Tensor]:
+        return [tensor.flip(dim) for tensor in tensors]
+
+    turned = layers._replace(
+        norm1_weight=flipped(layers.norm1_weight, 0),
+        norm1_bias=flipped(layers.norm1_bias, 0),
+        norm1_running_mean=flipped(layers.norm1_running_mean, 0),
+        norm1_running_var=flipped(layers.norm1_running_var, 0),
+        conv1_weight=flipped(layers.conv1_weight, 1),
+        growth_mask=flipped(layers.growth_mask, 1),
+    )
+    field = "conv2_weight" if layers.has_bottleneck else "conv1_weight"
+    return turned._replace(**{field: flipped(getattr(turned, field), 0)})
+
+
+def _with_biases(x: Tensor, layers: DenseLayers, biases: list[Tensor]) -> tuple[Tensor, DenseLayers]:
+    """Of layers without bottleneck: a first channel that every norm turns into ones, and the biases its weights."""
+
+    def after(value: float, vectors: list[Tensor]) -> list[Tensor]:
+        return [torch.cat([vector.new_full((1,), value), vector]) for vector in vectors]
+
+    centred = [
+        F.pad(bias.reshape(-1, *[1] * (weight.dim() - 1)), [side // 2 for side in weight.shape[2:] for _ in "lr"])
+        for bias, weight in zip(biases, layers.conv1_weight, strict=True)
+    ]
+    ones = x.new_ones((x.shape[0], 1, *x.shape[2:]))
+    return torch.cat([ones, x], 1), layers._replace(
+        norm1_weight=after(0, layers.norm1_weight),
+        norm1_bias=after(1, layers.norm1_bias),
+        norm1_running_mean=after(0, layers.norm1_running_mean),
+        norm1_running_var=after(1, layers.norm1_running_var),
+        conv1_weight=[torch.cat(pair, 1) for pair in zip(centred, layers.conv1_weight, strict=True)],
+    )
+
+
+class FastDenseBlock(FusedBlock, reference.DenseBlock):
     """:class:`fastdense.reference.DenseBlock` over one shared buffer; torchvision's arguments and names.
 
     Args:
@@ -59,103 +298,46 @@ class FastDenseBlock(reference.DenseBlock):
     of images, channels_last_3d of volumes), not a view.
     """
 
-    def forward(self, init_features: Tensor) -> Tensor:
-        return self.forward_with_stats(init_features, is_channels_last(init_features))[0]
+    @property
+    def _layout(self) -> BlockLayout:  # type: ignore[override]  # of its layers, which have bottlenecks or not
+        first = next(iter(self._modules.values()), None)
+        return layouts.PLAIN if getattr(first, "has_bottleneck", True) is False else layouts.BOTTLENECK
 
-    def forward_with_stats(self, x: Tensor, channels_last: bool = False) -> tuple[Tensor, BatchStats | None]:
-        """The output and, where the block's norms made them, its batch statistics for the next norm.
 
-        ``channels_last``: the reference's features would have that layout, even if x's does not say so.
+class FusedTransition(nn.Module):
+    """A transition in one pass, pooling before it multiplies. Goes before the class of an implementation.
+
+    Shapes: [N, C, *spatial] in any strides -> [N, C', *(size // 2)], dense with channels innermost.
+    """
+
+    _layout: TransitionLayout
+
+    def forward(self, x: Tensor, stats: BatchStats | None = None, channels_last: bool = True) -> Tensor:
+        """``stats``: the batch statistics of x where they are known already.
+
+        ``channels_last``: the features of the fallback would have that layout, on which its dropout depends.
         """
         backend = _fast_backend(self, x, self._obstacle)
-        if backend is None or not _stock_computes(x, self.layers()[0].norm1, self.layers()[0].conv1.weight):
-            return super().forward(x), None
-        layers = self._gather(x, channels_last)
-        dtype = _conv_dtype(x, layers.conv1_weight[0])
-        needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        uses_batch = any(layers.norm1_batch_stats) or any(layers.norm2_batch_stats)
-        count = _count(x, layers.group) if uses_batch else 0
-        if not needs_grad and not uses_batch and not layers.growth_mask:
-            return ops.dense_block_inference(x, layers, dtype=dtype, backend=backend), None
+        if backend is None:
+            return super().forward(x)  # type: ignore[misc]  # of the class that this one goes before
+        parts: dict[str, Any] = self._modules
+        norm, conv = parts[self._layout.norm], parts[self._layout.conv]
+        if not _stock_computes(x, norm, conv.weight):
+            return super().forward(x)  # type: ignore[misc]
+        if self._drops():
+            return super().forward(x if channels_last else x.contiguous())  # type: ignore[misc]
+        dtype = _conv_dtype(x, conv.weight)
+        return ops.transition(x, _norm_for(norm, x, stats, backend), conv.weight, dtype=dtype, backend=backend)
 
-        keep = needs_grad and not self.layers()[0].memory_efficient
-        result = ops.dense_block(x, layers, dtype=dtype, save_bottleneck=keep, backend=backend)
-        shared = ChannelStats(result.mean, result.var)
-        norms: list[BatchNorm] = []
-        stats: list[ChannelStats] = []
-        for i, layer in enumerate(self.layers()):
-            channels = layer.norm1.num_features
-            norms.append(layer.norm1)
-            stats.append(ChannelStats(shared.mean[:channels], shared.var[:channels]))
-            if layer.has_bottleneck:
-                norms.append(layer.norm2)
-                stats.append(ChannelStats(result.bottleneck_mean[i], result.bottleneck_var[i]))
-        _update_running_stats(norms, stats, count)
-        made = BatchStats(shared.mean, shared.var, count, layers.group)
-        return result.out, made if any(layers.norm1_batch_stats) else None
-
-    def layers(self) -> list[reference.DenseLayer]:
-        """In the order of the forward."""
-        return cast(list[reference.DenseLayer], list(self.values()))
-
-    def _gather(self, x: Tensor, channels_last: bool) -> DenseLayers:
-        """The layers' parameters, and the dropout masks in the order and layout of the reference."""
-        layers = self.layers()
-        first = layers[0]
-        parts = [cast(dict[str, Any], layer._modules) for layer in layers]
-        norms1 = [part["norm1"] for part in parts]
-        norms2 = [part["norm2"] for part in parts] if first.has_bottleneck else []
-        batch1, batch2 = ([_uses_batch_stats(norm) for norm in norms] for norms in (norms1, norms2))
-        bottleneck_mask, growth_mask = [], []
-        if first.drop_rate > 0 and first.training:
-            for layer in layers:
-                if layer.has_bottleneck and layer.drop_every_conv:
-                    bottleneck_mask.append(_dropout_mask(x, layer.conv1, layer.drop_rate, channels_last))
-                growth_mask.append(_dropout_mask(x, layer.growth_conv, layer.drop_rate, channels_last))
-        return DenseLayers(
-            *_norm_lists(norms1, x),
-            [part["conv1"]._parameters["weight"] for part in parts],
-            *_norm_lists(norms2, x),
-            [part["conv2"]._parameters["weight"] for part in parts] if first.has_bottleneck else [],
-            bottleneck_mask,
-            growth_mask,
-            batch1,
-            [norm.eps for norm in norms1],
-            batch2,
-            [norm.eps for norm in norms2],
-            first.drop_rate,
-            next((_group_of(norm) for norm in itertools.compress(norms1 + norms2, batch1 + batch2)), ""),
-        )
+    def _drops(self) -> bool:
+        drop: Any = self._modules.get(self._layout.dropout)
+        return drop is not None and drop.training and drop.p > 0
 
     def _obstacle(self) -> str | None:
-        """Why the op would not reproduce the layers' forward, or ``None``."""
-        if not len(self):
-            return "it has no layers"
-        layers = self.layers()
-        first = layers[0]
-        parts = ["norm1", "relu1", "conv1"] + (["norm2", "relu2", "conv2"] if first.has_bottleneck else [])
-        settings = _settings(first)
-        norms: list[BatchNorm] = []
-        for name, layer in zip(self, layers, strict=True):
-            if type(layer) is not reference.DenseLayer:
-                return f"{name} is a {type(layer).__name__}"
-            if _settings(layer) != settings:
-                return f"{name} differs from {next(iter(self))} in bottleneck, dropout or training mode"
-            obstacle = _hooked(layer) or _obstacle_in(layer, parts)
-            if obstacle:
-                return f"{name}: {obstacle}"
-            norms += [cast(BatchNorm, layer._modules[part]) for part in parts[::3]]
-        if len(_groups(norms)) > 1:
-            return "its norms take their statistics over different processes"
-        return None
+        return _obstacle_in(self, self._layout)
 
 
-def _settings(layer: reference.DenseLayer) -> tuple[Any, ...]:
-    """What all layers of a block must have in common."""
-    return layer.has_bottleneck, layer.drop_rate, layer.drop_every_conv, layer.training
-
-
-class FastTransition(reference.Transition):
+class FastTransition(FusedTransition, reference.Transition):
     """:class:`fastdense.reference.Transition` in one pass, pooling before it multiplies.
 
     Args:
@@ -168,34 +350,22 @@ class FastTransition(reference.Transition):
     Shapes: [N, C, *spatial] in any strides -> [N, C', *(size // 2)], dense with channels innermost.
     """
 
-    def forward(self, x: Tensor, stats: BatchStats | None = None, channels_last: bool = True) -> Tensor:
-        """``stats``: the batch statistics of x where they are known already.
-
-        ``channels_last``: the reference's features would have that layout, on which its dropout depends.
-        """
-        backend = _fast_backend(self, x, self._obstacle)
-        norm_module = cast(BatchNorm, self.norm)
-        if backend is None or not _stock_computes(x, norm_module, self.conv.weight):
-            return super().forward(x)
-        if self._drops():
-            return super().forward(x if channels_last else x.contiguous())
-        norm = _norm_for(norm_module, x, stats, backend)
-        dtype = _conv_dtype(x, self.conv.weight)
-        return ops.transition(x, norm, self.conv.weight, dtype=dtype, backend=backend)
-
-    def _drops(self) -> bool:
-        return hasattr(self, "drop") and self.drop.training and self.drop.p > 0
-
-    def _obstacle(self) -> str | None:
-        parts = ["norm", "relu", "conv"] + (["drop"] if hasattr(self, "drop") else []) + ["pool"]
-        return _obstacle_in(self, parts)
+    @property
+    def _layout(self) -> TransitionLayout:  # type: ignore[override]  # one has a dropout, another not
+        return layouts.DROPPING_TRANSITION if "drop" in self._modules else layouts.TRANSITION
 
 
-def stem_tail(norm: BatchNorm, relu: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
-    """``pool(relu(norm(x)))`` in one pass where the three are a stem's, else one by one."""
-    backend = None if any(map(_unusual, (norm, relu, pool))) else _fast_backend(norm, x)
+def stem_tail(norm: BatchNorm, relu: nn.Module | None, pool: nn.Module, x: Tensor) -> Tensor:
+    """``pool(relu(norm(x)))`` in one pass where the three are a stem's, else one by one.
+
+    ``relu``: ``None`` where the norm carries it.
+    """
+    parts = [part for part in (norm, relu, pool) if part is not None]
+    backend = None if any(map(_unusual, parts)) else _fast_backend(norm, x)
     if backend is None or not _stock_computes(x, norm):
-        return pool(relu(norm(x)))
+        for part in parts:
+            x = part(x)
+        return x
     return ops.stem_tail(x, _norm_for(norm, x, None, backend), backend=backend)
 
 
@@ -216,8 +386,8 @@ def _fast_backend(module: nn.Module, x: Tensor, obstacle: Callable[[], str | Non
         if _groups([m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]) - {""}:
             # the other processes would wait for what the reference does not send
             raise ValueError(
-                "SyncBatchNorm over several processes needs images [N, C, *spatial] on each, N >= 1, outside torch.func's "
-                f"transforms; got {list(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
+                "SyncBatchNorm over several processes needs images [N, C, *spatial] on each, N >= 1, outside "
+                f"torch.func's transforms; got {list(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
             )
         return None  # the reference knows what PyTorch does with these
     backend = backends.select(x.device, x.dtype, x.dim() - 2)
@@ -269,12 +439,17 @@ def _hooked(module: nn.Module) -> str | None:
     return None
 
 
-def _obstacle_in(module: nn.Module, parts: Sequence[str]) -> str | None:
-    """Why ``module`` is not exactly the stock modules ``parts`` one after the other, or ``None``."""
-    if list(module._modules) != list(parts):
-        return f"its children are {', '.join(module._modules)} instead of {', '.join(parts)}"
+def _obstacle_in(module: nn.Module, layout: BlockLayout | TransitionLayout) -> str | None:
+    """Why the children of ``module`` are not exactly the stock modules of its layout, or ``None``."""
+    if list(module._modules) != list(layout.parts):
+        return f"its children are {', '.join(module._modules)} instead of {', '.join(layout.parts)}"
+    served = layout.conv1 if isinstance(layout, BlockLayout) and not layout.conv2 else ""  # with a bias too
     for name, child in module._modules.items():
         reason = _unlike_stock(cast(nn.Module, child))
+        if reason is None and isinstance(child, BatchNorm) and carries_relu(child) != layout.norms_activate:
+            reason = "it has no ReLU" if layout.norms_activate else "it has a ReLU of its own"
+        if reason is None and isinstance(child, Conv) and child.bias is not None and name != served:
+            reason = "it has a bias"
         if reason:
             return f"{name}: {reason}"
     return _global_hooks()
@@ -294,11 +469,13 @@ def _unlike_stock(module: nn.Module) -> str | None:
     for attribute, expected in _STOCK[kind].items():
         if state[attribute] not in expected:
             return f"its {attribute} is {state[attribute]}"
-    if kind in _CONVS:
-        if state["padding"][0] != state["kernel_size"][0] // 2:
-            return f"its padding is {state['padding']}"
-        if state["_parameters"]["bias"] is not None:
-            return "it has a bias"
+    if issubclass(kind, Conv) and state["padding"][0] != state["kernel_size"][0] // 2:
+        return f"its padding is {state['padding']}"
+    if kind in _NORM_ACTS:
+        act, drop = state["_modules"].get("act"), state["_modules"].get("drop")
+        if type(act) is not nn.ReLU or type(drop) is not nn.Identity:
+            return f"it has the activation {type(act).__name__}, and {type(drop).__name__}"
+        return _hooked(module) or _hooked(act) or _hooked(drop)
     return _hooked(module)
 
 
@@ -334,11 +511,31 @@ def _stock(dims: int) -> dict[type[nn.Module], dict[str, tuple[Any, ...]]]:
 
 _STOCK: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
     **{kind: {} for kind in (*_NORM_DIMS, nn.SyncBatchNorm, nn.ReLU, nn.Dropout)},
+    **{kind: {} for kind in (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)},
     **_stock(1),
     **_stock(2),
     **_stock(3),
 }
 """The modules that the ops reproduce, with the settings they do it for."""
+
+_NORM_ACTS: set[type[nn.Module]] = set()
+"""Those of them that are norms with a ReLU of their own, a child ``act``."""
+
+
+def serve_norm_act(kind: type[nn.Module]) -> None:
+    """Have the ops serve a class of norms that carry their activation as a child ``act``, and a dropout ``drop``."""
+    _STOCK.setdefault(kind, {})
+    _NORM_ACTS.add(kind)
+
+
+def is_served(module: nn.Module) -> bool:
+    """Whether the ops reproduce modules of its class, at least with some settings."""
+    return type(module) in _STOCK
+
+
+def carries_relu(norm: nn.Module) -> bool:
+    """Whether a norm is of these."""
+    return type(norm) in _NORM_ACTS
 
 
 def _global_hooks() -> str | None:
@@ -379,15 +576,19 @@ def is_channels_last(x: Tensor) -> bool:
     return x.dim() in (3, 4, 5) and x.stride(1) == 1 and x.stride(-1) == x.shape[1] > 1
 
 
-def _dropout_mask(x: Tensor, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, drop_rate: float, channels_last: bool) -> Tensor:
-    """True where the reference, at the same state of the generator, would keep a value of conv's output.
+def _dropout_mask(x: Tensor, conv: Conv, layer: Layer, channels_last: bool) -> Tensor:
+    """True where the fallback, at the same state of the generator, would keep a value of conv's output.
 
-    The values drawn depend on dtype and layout, so those are the reference's.
+    The values drawn depend on dtype and layout, so those are the fallback's.
     """
     shape = (x.shape[0], conv.out_channels, *x.shape[2:])
-    inner = channels_last or is_channels_last(conv.weight)
-    ones = (empty_channels_last if inner else torch.empty)(shape, dtype=_conv_dtype(x, conv.weight), device=x.device)
-    return F.dropout(ones.fill_(1), drop_rate, training=True) != 0
+    dtype, device = _conv_dtype(x, conv.weight), x.device
+    if layer.drops_channels:
+        ones = torch.ones((*shape[:2], *[1] * (x.dim() - 2)), dtype=dtype, device=device)
+        kept = torch.feature_dropout(ones, layer.drop_rate, True) != 0
+        return empty_channels_last(shape, torch.bool, device).copy_(kept)
+    empty = empty_channels_last if channels_last or is_channels_last(conv.weight) else torch.empty
+    return F.dropout(empty(shape, dtype=dtype, device=device).fill_(1), layer.drop_rate, training=True) != 0
 
 
 def _uses_batch_stats(norm: BatchNorm) -> bool:
@@ -396,7 +597,7 @@ def _uses_batch_stats(norm: BatchNorm) -> bool:
 
 def _group_of(norm: BatchNorm) -> str:
     """The name of the process group over whose batches a norm takes its statistics; "" for this process's alone."""
-    if type(norm) is not nn.SyncBatchNorm or not norm.training or not (dist.is_available() and dist.is_initialized()):
+    if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and dist.is_available() and dist.is_initialized()):
         return ""
     group = cast(dist.ProcessGroup, norm.process_group or dist.group.WORLD)
     return group.group_name if dist.get_world_size(group) > 1 else ""

@@ -1,0 +1,63 @@
+"""A sequence of stages: a stem's tail, dense blocks and transitions fused, and whatever else there is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from .modules import (
+    BatchNorm,
+    BatchStats,
+    FusedBlock,
+    FusedTransition,
+    carries_relu,
+    hooked,
+    is_channels_last,
+    stem_tail,
+)
+
+_MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+
+
+class FastSequential(nn.Sequential):
+    """``nn.Sequential`` that fuses a stem's tail and hands the statistics of a block to the transition after it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, _, norm = through(self, x)
+        return x if norm is None else norm(x)
+
+
+def through(
+    features: nn.Sequential, x: Tensor, visit: Callable[[str, Tensor], None] | None = None
+) -> tuple[Tensor, BatchStats | None, BatchNorm | None]:
+    """Through all stages but a norm at the end, which comes back with its input and the statistics of that.
+
+    ``visit`` is told the name and the output of every stage, of some that are fused only the last.
+    """
+    stages = list(features.named_children())
+    stats: BatchStats | None = None  # of x, where known
+    channels_last = is_channels_last(x)  # as the reference's features would be; ours always are
+    while stages:
+        name, stage = stages.pop(0)
+        if isinstance(stage, BatchNorm) and not stages:
+            return x, stats, stage
+        following = [module for _, module in stages[:2]]
+        kinds = [type(module) for module in following]
+        if isinstance(stage, BatchNorm) and kinds[:1] == [nn.ReLU] and kinds[-1] in _MAX_POOLS:
+            (relu, pool), (name, _) = following, stages[1]
+            del stages[:2]
+            x, stats = stem_tail(stage, relu, pool, x), None
+        elif isinstance(stage, BatchNorm) and carries_relu(stage) and kinds and kinds[0] in _MAX_POOLS:
+            name, pool = stages.pop(0)
+            x, stats = stem_tail(stage, None, pool, x), None
+        elif isinstance(stage, FusedBlock) and not hooked(stage):
+            x, stats = stage.forward_with_stats(x, channels_last)
+        elif isinstance(stage, FusedTransition) and not hooked(stage):
+            x, stats = stage.forward(x, stats, channels_last), None
+        else:
+            x, stats = stage(x), None
+            channels_last = is_channels_last(x)
+        if visit is not None:
+            visit(name, x)
+    return x, stats, None
