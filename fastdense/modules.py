@@ -137,7 +137,7 @@ class FusedBlock(nn.Module):
                     parts[layout.norm2] if layout.norm2 else None,
                     parts[layout.conv2] if layout.conv2 else None,
                     drop_rate,
-                    isinstance(drop, nn.Dropout2d),
+                    drop is not None and type(drop) is not nn.Dropout,
                     state.get("drop_every_conv", False),
                     bool(layout.recompute and state[layout.recompute]),
                 )
@@ -195,7 +195,7 @@ class FusedBlock(nn.Module):
             if stats is not None:
                 stats = stats._replace(mean=stats.mean[start - first : end - first], var=stats.var[start - first : end])
         if (start, end) != (0, out.shape[1]):
-            out = out[:, start:end].clone(memory_format=torch.channels_last)
+            out = out[:, start:end].clone()
         return out, stats
 
     def _obstacle(self) -> str | None:
@@ -554,6 +554,8 @@ def _stock_computes(x: Tensor, norm: BatchNorm, weight: Tensor | None = None) ->
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether PyTorch's convolutions take [N, C, H, W] for channels-last; ambiguous strides count as contiguous."""
+    if not isinstance(x, Tensor):  # a proxy of torch.fx
+        return False
     return x.dim() == 4 and x.stride(1) == 1 and x.stride(3) == x.shape[1] > 1
 
 
@@ -565,7 +567,8 @@ def _dropout_mask(x: Tensor, conv: nn.Conv2d, layer: Layer, channels_last: bool)
     shape = (x.shape[0], conv.out_channels, *x.shape[2:])
     dtype = _conv_dtype(x, conv.weight)
     if layer.drops_channels:
-        kept = F.dropout2d(torch.ones((*shape[:2], 1, 1), dtype=dtype, device=x.device), layer.drop_rate) != 0
+        one_each = torch.ones((*shape[:2], *[1] * (len(shape) - 2)), dtype=dtype, device=x.device)
+        kept = torch.feature_dropout(one_each, layer.drop_rate, True) != 0
         return kept.expand(shape).contiguous(memory_format=torch.channels_last)
     ones = torch.ones(shape, dtype=dtype, device=x.device)
     if channels_last or is_channels_last(conv.weight):

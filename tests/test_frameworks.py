@@ -271,3 +271,12 @@ def test_second_derivatives_are_an_error() -> None:
     (first,) = torch.autograd.grad(fast(x.requires_grad_()).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match='use_backend\\("reference"\\)'):
         first.square().sum().backward()
+
+
+@each_library
+def test_traced_by_fx(source: Source) -> None:
+    """As torchvision's feature extraction does: what is traced is the original."""
+    _, fast, x = pair(source)
+    graph = torch.fx.symbolic_trace(fast.eval())
+    assert parity.relative_error(graph(x), fast(x)) <= EXACT
+    assert not ops_of(graph.graph)
