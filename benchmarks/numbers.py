@@ -15,6 +15,7 @@ fails where they differ, and where a measured quantity stands in a text without 
 ``roofline:RUN``                                      each part's time over its floor
 ``curves:RUN``                                        how naive and fast learnt, and how long it took
 ``traffic:MODE:WHO``                                  what the passes over memory move, MB an image, by formula
+``libraries:RUN``                                     other libraries' networks before and after ``convert``
 ``report:MODE``                                       a GPU's time an image that ``make kernel-report`` predicts, us
 and those of :mod:`~fastdense.benchmarks.scaling_numbers`
 ===================================================== ============================================================
@@ -33,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from . import figures
+from . import figures, libraries
 from . import results as results_module
 from .contenders import FAST, MODES
 from .results import three_digits
@@ -200,6 +201,11 @@ def _curves(run: str) -> str:
     return "\n".join([*lines, ""])
 
 
+def _libraries(run: str) -> str:
+    lines = [libraries.HEADINGS, ("---",) * len(libraries.HEADINGS), *map(libraries.cells, _run(run)["libraries"])]
+    return "\n".join(["", *(f"| {' | '.join(line)} |" for line in lines), ""])
+
+
 _KINDS: dict[str, Callable[..., str]] = {
     "ms": _ms,
     "x": _ratio,
@@ -211,6 +217,7 @@ _KINDS: dict[str, Callable[..., str]] = {
     "memory": _memory,
     "roofline": _roofline,
     "curves": _curves,
+    "libraries": _libraries,
     "traffic": _traffic,
     "report": _report,
 }

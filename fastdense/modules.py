@@ -140,7 +140,7 @@ class FusedBlock(nn.Module):
                     parts[layout.norm2] if layout.norm2 else None,
                     parts[layout.conv2] if layout.conv2 else None,
                     drop_rate,
-                    isinstance(drop, nn.Dropout1d | nn.Dropout2d | nn.Dropout3d),
+                    drop is not None and type(drop) is not nn.Dropout,
                     state.get("drop_every_conv", False),
                     bool(layout.recompute and state[layout.recompute]),
                 )
@@ -198,7 +198,7 @@ class FusedBlock(nn.Module):
             if stats is not None:
                 stats = stats._replace(mean=stats.mean[start - first : end - first], var=stats.var[start - first : end])
         if (start, end) != (0, out.shape[1]):
-            out = out[:, start:end].clone(memory_format=torch.channels_last)
+            out = out[:, start:end].clone()
         return out, stats
 
     def _obstacle(self) -> str | None:
@@ -573,6 +573,8 @@ def _stock_computes(x: Tensor, norm: BatchNorm, weight: Tensor | None = None) ->
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether PyTorch's convolutions take [N, C, *spatial] for channels-last; ambiguous strides count as contiguous."""
+    if not isinstance(x, Tensor):  # a proxy of torch.fx
+        return False
     return x.dim() in (3, 4, 5) and x.stride(1) == 1 and x.stride(-1) == x.shape[1] > 1
 
 

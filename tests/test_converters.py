@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import fastdense
 from fastdense import FallbackWarning, parity
+from fastdense.memory import saved_activation_bytes
 from fastdense.modules import FusedBlock, FusedTransition, carries_relu
 
 EXACT = parity.BUDGETS[torch.float64].floor
@@ -388,19 +389,7 @@ def test_timms_feature_lists() -> None:
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
     """Of activations that a training forward keeps for its backward."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(x)
-    del out
-    return sum(kept.values())
+    return saved_activation_bytes(model, lambda: model(x))
 
 
 @each_source

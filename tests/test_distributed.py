@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from sources import SOURCES
 from torch import Tensor, nn
 
 import fastdense
@@ -43,8 +44,8 @@ CASES = [
 @pytest.fixture(scope="module")
 def program() -> ModuleType:
     """two_ranks.py, for its networks and images."""
-    spec = importlib.util.spec_from_file_location("two_ranks", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
+    spec = spec_from_file_location("two_ranks", PROGRAM)
+    module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -159,11 +160,40 @@ def test_a_rank_without_images_is_refused(tmp_path: Path) -> None:
     assert "needs images" in torch.load(tmp_path / "empty-1.pt")["error"]
 
 
+FOREIGN = [
+    name
+    for name, package in (("timm", "timm"), ("MONAI", "monai"), ("gpleiss ImageNet", ""))
+    if not package or find_spec(package)
+]
+
+
 @pytest.mark.slow
-def test_fsdp_step(tmp_path: Path) -> None:
-    run("fsdp", tmp_path)
+def test_converted_networks_of_two_processes_are_one(tmp_path: Path, program: ModuleType) -> None:
+    """DDP and the libraries' own ways to synchronised norms, on unequal shares of a batch, in float64."""
+    names = [name for name in FOREIGN if name != "gpleiss ImageNet"]
+    if not names:
+        pytest.skip("needs timm or MONAI")
+    run("ddp", tmp_path, *names)
+    x, grad = (values.double() for values in program.batch(32))
+    for name in names:
+        stock = SOURCES[name].build().double()
+        stock.features.norm5.eval()
+        out = stock(x)
+        out.backward(grad)
+        ranks = [torch.load(tmp_path / f"ddp{name}-{rank}.pt") for rank in (0, 1)]
+        truth = {"out": out.detach(), **{key: parameter.grad for key, parameter in stock.named_parameters()}}
+        ours = {"out": torch.cat([rank["out"] for rank in ranks]), **ranks[0]["grads"]}
+        for key, buffer in stock.named_buffers():
+            truth[key], ours[key] = buffer, ranks[1]["buffers"][key]
+        assert not list(parity.failures(parity.compare(ours, [truth], truth, torch.float64))), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["small", *FOREIGN])
+def test_fsdp_step(name: str, tmp_path: Path) -> None:
+    run("fsdp", tmp_path, name)
     for rank in (0, 1):
-        found = torch.load(tmp_path / f"fsdp-{rank}.pt")
+        found = torch.load(tmp_path / f"fsdp{name}-{rank}.pt")
         assert found["finite"]
         assert found["sharded"].keys() == found["whole"].keys()
         for key, value in found["whole"].items():

@@ -6,15 +6,18 @@ Every case trains one step on unequal shares of a batch and saves what this rank
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from sources import SOURCES
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as functional
 
 import fastdense
+from fastdense.modules import FusedBlock, FusedTransition
 
 IMAGES, FIRST_SHARE = 5, 3
 
@@ -82,6 +85,27 @@ def sync(folder: str, name: str, backend: str, size: int, dtype: str, rank: int)
     return dict(out=out.detach(), x=x.grad, grads=grads, buffers=buffers, bytes=sent)
 
 
+def converted(name: str) -> nn.Module:
+    """A network of another library, converted; of 32x32 images and five classes."""
+    return fastdense.convert(SOURCES[name].build().double())
+
+
+def ddp(rank: int, name: str) -> dict[str, Any]:
+    """A converted network under DDP with synchronised norms, each library's in its way."""
+    model = converted(name)
+    shared = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    synchronised = import_module("timm.layers") if name == "timm" else nn.SyncBatchNorm
+    model.features.norm5.eval()  # PyTorch's own synchronised norms run on GPUs only
+    for child, stage in list(model.features.named_children()):
+        if child != "norm5":
+            model.features.add_module(child, synchronised.convert_sync_batchnorm(stage))
+    x, grad = (share(values.double(), rank) for values in batch(32))
+    out = shared(x)
+    out.backward(grad)
+    grads = {key: parameter.grad * 2 for key, parameter in model.named_parameters()}
+    return dict(out=out.detach(), grads=grads, buffers=dict(model.named_buffers()))
+
+
 def empty(rank: int) -> dict[str, Any]:
     """A share without images is refused on its rank, before anything is sent."""
     model = nn.SyncBatchNorm.convert_sync_batchnorm(network("small"))
@@ -92,18 +116,19 @@ def empty(rank: int) -> dict[str, Any]:
     return {}
 
 
-def fsdp(rank: int) -> dict[str, Any]:
-    """A step of sharded parameters, beside the same step of whole ones."""
+def fsdp(rank: int, name: str) -> dict[str, Any]:
+    """A step of sharded parameters, beside the same step of whole ones: of our network, or of a converted one."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model, whole = network("small"), network("small")
+    model, whole = (network(name) if name == "small" else converted(name) for _ in range(2))
     mesh = init_device_mesh("cpu", (2,))
-    for stage in model.features.children():
-        if isinstance(stage, fastdense.FastDenseBlock | fastdense.FastTransition):
+    for stage in list(model.modules()):
+        if isinstance(stage, FusedBlock | FusedTransition):
             fully_shard(stage, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    x, grad = (share(values, rank) for values in batch(32))
+    dtype = next(model.parameters()).dtype
+    x, grad = (share(values, rank).to(dtype) for values in batch(32))
     model(x).backward(grad)
     whole(x).backward(grad)
     sharded = {key: parameter.grad.full_tensor() for key, parameter in model.named_parameters()}
@@ -125,7 +150,9 @@ def main() -> None:
             name, backend, size, dtype = each.split(",")
             torch.save(sync(folder, name, backend, int(size), dtype, rank), Path(folder, f"{each}-{rank}.pt"))
     else:
-        torch.save({"empty": empty, "fsdp": fsdp}[case](rank), Path(folder, f"{case}-{rank}.pt"))
+        for name in arguments or [""]:
+            found = {"empty": empty, "fsdp": fsdp, "ddp": ddp}[case](rank, *filter(None, [name]))
+            torch.save(found, Path(folder, f"{case}{name}-{rank}.pt"))
     dist.destroy_process_group()
 
 

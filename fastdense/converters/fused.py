@@ -39,7 +39,7 @@ def fused_class(original: type[nn.Module], layout: Layout) -> type[Converted]:
         know_timm()
         base = FusedBlock if isinstance(layout, BlockLayout) else FusedTransition
         members = dict(_original=original, _layout=layout, __module__=original.__module__, __doc__=original.__doc__)
-        made = type(f"Fast{original.__name__.lstrip('_')}", (Converted, base, original), members)
+        made = type(f"Fused{original.__name__.lstrip('_')}", (Converted, base, original), members)
         _classes[original, layout] = cast(type[Converted], made)
     return _classes[original, layout]
 
