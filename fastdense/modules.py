@@ -277,6 +277,8 @@ def _obstacle_in(module: nn.Module, parts: Sequence[str]) -> str | None:
         reason = _unlike_stock(cast(nn.Module, child))
         if reason:
             return f"{name}: {reason}"
+    if len({_DIMS.get(type(child)) for child in module._modules.values()} - {None}) > 1:
+        return "its children have different spatial dimensions"
     return _global_hooks()
 
 
@@ -304,8 +306,13 @@ def _unlike_stock(module: nn.Module) -> str | None:
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = ((nn.AvgPool1d, nn.MaxPool1d), (nn.AvgPool2d, nn.MaxPool2d), (nn.AvgPool3d, nn.MaxPool3d))
-_NORM_DIMS = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
-"""Dimensions of what goes through a norm; SyncBatchNorm takes them all."""
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_DIMS: dict[type[nn.Module], int] = {
+    kind: dims
+    for dims, kinds in enumerate(zip(_CONVS, _NORMS, *zip(*_POOLS, strict=True), strict=True), start=3)
+    for kind in kinds
+}
+"""Dimensions of what goes through a module; those that are not here, such as SyncBatchNorm, take any."""
 
 
 def _stock(dims: int) -> dict[type[nn.Module], dict[str, tuple[Any, ...]]]:
@@ -333,7 +340,7 @@ def _stock(dims: int) -> dict[type[nn.Module], dict[str, tuple[Any, ...]]]:
 
 
 _STOCK: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
-    **{kind: {} for kind in (*_NORM_DIMS, nn.SyncBatchNorm, nn.ReLU, nn.Dropout)},
+    **{kind: {} for kind in (*_NORMS, nn.SyncBatchNorm, nn.ReLU, nn.Dropout)},
     **_stock(1),
     **_stock(2),
     **_stock(3),
@@ -365,7 +372,7 @@ def _conv_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 def _stock_computes(x: Tensor, norm: BatchNorm, weight: Tensor | None = None) -> bool:
     """Whether stock PyTorch takes x in this norm and this convolution; where not, the reference raises its error."""
-    if x.dim() != _NORM_DIMS.get(type(norm), x.dim()) or (weight is not None and x.dim() != weight.dim()):
+    if x.dim() != _DIMS.get(type(norm), x.dim()) or (weight is not None and x.dim() != weight.dim()):
         return False
     if weight is not None and (weight.dtype == torch.float64 if _autocasts(x) else x.dtype != weight.dtype):
         return False
