@@ -216,7 +216,7 @@ def _fast_backend(module: nn.Module, x: Tensor, obstacle: Callable[[], str | Non
         if _groups([m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]) - {""}:
             # the other processes would wait for what the reference does not send
             raise ValueError(
-                "SyncBatchNorm over several processes needs images [N, C, *spatial] on each, N >= 1, outside torch.func's "
+                "SyncBatchNorm over several processes needs [N, C, *spatial] on each, N >= 1, outside torch.func's "
                 f"transforms; got {list(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
             )
         return None  # the reference knows what PyTorch does with these

@@ -102,7 +102,9 @@ def test_one_graph_equals_eager(variant):
     model = network(**options).double()
     prepare(model)
     size = 12 if options.get("small_inputs") else 32
-    assert not list(failures(eager_parity(model, photos(size, dims=options.get("spatial_dims", 2)).double(), torch.float64)))
+    assert not list(
+        failures(eager_parity(model, photos(size, dims=options.get("spatial_dims", 2)).double(), torch.float64))
+    )
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast bf16"])
