@@ -277,7 +277,7 @@ def _obstacle_in(module: nn.Module, parts: Sequence[str]) -> str | None:
         reason = _unlike_stock(cast(nn.Module, child))
         if reason:
             return f"{name}: {reason}"
-    if len({_DIMS.get(type(child)) for child in module._modules.values()} - {None}) > 1:
+    if len({_DIMS[kind] for kind in map(type, module._modules.values()) if kind in _DIMS}) > 1:
         return "its children have different spatial dimensions"
     return _global_hooks()
 

@@ -260,7 +260,12 @@ def dense_block_backward(
     norms1 = affines([layers.norm1(layer, stats) for layer in range(layers.num_layers)], acc)
     norms2 = affines([layers.norm2(i, _at(bottleneck_stats, i)) for i in range(len(layers.norm2_weight))], acc)
     shares1, shares2 = shares(norms1, count), shares(norms2, count)
-    grads = DenseBlockGrads(shared.new_empty(0), *([None] * len(parameters) for parameters in _parameters(layers)))
+    parameters = (
+        layers.norm1_weight, layers.norm1_bias, layers.conv1_weight,
+        layers.norm2_weight, layers.norm2_bias, layers.conv2_weight,
+    )  # fmt: skip
+    gradients: list[list[Tensor | None]] = [[None] * len(tensors) for tensors in parameters]
+    dnorm1_weight, dnorm1_bias, dconv1_weight, dnorm2_weight, dnorm2_bias, dconv2_weight = gradients
 
     def true_gradient(channels: slice) -> Tensor:
         """G + P + Q * (x - mean) of some channels, [M, k]."""
@@ -287,10 +292,10 @@ def dense_block_backward(
             if own and group:
                 group.add_up(own.p, own.q)
             dys = block.input_gradients(da, norm2, hidden, own, parts)
-            grads.norm2_weight[layer] = cast(s2, layers.norm2_weight[layer].dtype)
-            grads.norm2_bias[layer] = cast(s1, layers.norm2_bias[layer].dtype)
+            dnorm2_weight[layer] = cast(s2, layers.norm2_weight[layer].dtype)
+            dnorm2_bias[layer] = cast(s1, layers.norm2_bias[layer].dtype)
             if needs.conv2[layer]:
-                grads.conv2_weight[layer] = laid_out_as(second.dweight, layers.conv2_weight[layer])
+                dconv2_weight[layer] = laid_out_as(second.dweight, layers.conv2_weight[layer])
         else:
             first = block.growth(layer, norm1)
             dys = (chunk.of(dy) for chunk in parts)
@@ -303,19 +308,21 @@ def dense_block_backward(
         if layers.norm1_batch_stats[layer]:
             through.p[:channels].addcmul_(shares1[layer].p, s1)
             through.q[:channels].addcmul_(shares1[layer].q, s2)
-        grads.norm1_weight[layer] = cast(s2, layers.norm1_weight[layer].dtype)
-        grads.norm1_bias[layer] = cast(s1, layers.norm1_bias[layer].dtype)
+        dnorm1_weight[layer] = cast(s2, layers.norm1_weight[layer].dtype)
+        dnorm1_bias[layer] = cast(s1, layers.norm1_bias[layer].dtype)
         if needs.conv1[layer]:
-            grads.conv1_weight[layer] = laid_out_as(first.dweight, layers.conv1_weight[layer])
+            dconv1_weight[layer] = laid_out_as(first.dweight, layers.conv1_weight[layer])
 
-    for gradients, parameters in zip(grads[1:], _parameters(layers), strict=True):
-        for i, parameter in enumerate(parameters):
-            if gradients[i] is None:  # nobody asked for it
-                gradients[i] = parameter.new_empty(0)
-    if not needs.x:
-        return grads
-    dx = true_gradient(slice(0, layers.input_channels))
-    return grads._replace(x=images(cast(dx, x_dtype), (n, *spatial)))
+    dx = shared.new_empty(0)
+    if needs.x:
+        dx = images(cast(true_gradient(slice(0, layers.input_channels)), x_dtype), (n, *spatial))
+    return DenseBlockGrads(
+        dx,
+        *(
+            [p.new_empty(0) if gradient is None else gradient for gradient, p in zip(*pair, strict=True)]
+            for pair in zip(gradients, parameters, strict=True)
+        ),
+    )
 
 
 def _store(stats: ChannelStats, where: slice, values: ChannelStats | None, group: Group | None) -> None:
@@ -328,11 +335,3 @@ def _store(stats: ChannelStats, where: slice, values: ChannelStats | None, group
 
 def _at(stats: ChannelStats, layer: int) -> ChannelStats:
     return ChannelStats(stats.mean[layer], stats.var[layer])
-
-
-def _parameters(layers: DenseLayers) -> tuple[list[Tensor], ...]:
-    """In the order of :class:`DenseBlockGrads`."""
-    return (
-        layers.norm1_weight, layers.norm1_bias, layers.conv1_weight,
-        layers.norm2_weight, layers.norm2_bias, layers.conv2_weight,
-    )  # fmt: skip
