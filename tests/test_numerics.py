@@ -58,6 +58,12 @@ STEMS = {
 # -- item 1: twice stock's error ------------------------------------------------------------------------------
 
 
+def need_stock(precision: dict[str, object], dims: int, device: str) -> None:
+    """Skip where stock PyTorch, with which a transition is to be compared, does not compute it at all."""
+    if dims == 3 and precision["dtype"] is torch.float16 and device == "cpu":
+        pytest.skip("PyTorch has no average pool of volumes in float16 on CPUs")
+
+
 @every_precision
 @train_and_eval
 @pytest.mark.parametrize("geometry", BLOCKS)
@@ -73,6 +79,7 @@ def test_block(geometry, train, precision, device, twins, randn, clear_relus, as
 @train_and_eval
 @pytest.mark.parametrize("spatial", [(7, 5), (11,), (5, 4, 3)], ids=str)
 def test_transition(spatial, train, precision, device, twins, randn, clear_relus, assert_parity):
+    need_stock(precision, len(spatial), device)
     pair = [module.train(train).to(device) for module in twins("transition", 19, 9, spatial_dims=len(spatial))]
     inputs = [randn(2, 19, *spatial, seed=seed, device=device) for seed in range(3)]
     clear_relus(pair, inputs)
@@ -84,6 +91,7 @@ def test_transition(spatial, train, precision, device, twins, randn, clear_relus
 @pytest.mark.parametrize("stem", STEMS)
 def test_network(stem, train, precision, device, twins, randn, clear_relus, assert_parity):
     arguments, spatial = STEMS[stem]
+    need_stock(precision, len(spatial), device)
     pair = twins("net", 12, (2, 2), 16, num_classes=10, **arguments)
     pair = [module.train(train).to(device) for module in pair]
     inputs = [randn(2, 3, *spatial, seed=seed, device=device) for seed in range(3)]
