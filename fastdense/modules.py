@@ -386,8 +386,8 @@ def _fast_backend(module: nn.Module, x: Tensor, obstacle: Callable[[], str | Non
         if _groups([m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]) - {""}:
             # the other processes would wait for what the reference does not send
             raise ValueError(
-                "SyncBatchNorm over several processes needs images [N, C, *spatial] on each, N >= 1, outside "
-                f"torch.func's transforms; got {list(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
+                "SyncBatchNorm over several processes needs [N, C, *spatial] on each, N >= 1, outside torch.func's "
+                f"transforms; got {list(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
             )
         return None  # the reference knows what PyTorch does with these
     backend = backends.select(x.device, x.dtype, x.dim() - 2)
@@ -452,6 +452,8 @@ def _obstacle_in(module: nn.Module, layout: BlockLayout | TransitionLayout) -> s
             reason = "it has a bias"
         if reason:
             return f"{name}: {reason}"
+    if len({_DIMS[kind] for kind in map(type, module._modules.values()) if kind in _DIMS}) > 1:
+        return "its children have different spatial dimensions"
     return _global_hooks()
 
 
@@ -481,8 +483,13 @@ def _unlike_stock(module: nn.Module) -> str | None:
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = ((nn.AvgPool1d, nn.MaxPool1d), (nn.AvgPool2d, nn.MaxPool2d), (nn.AvgPool3d, nn.MaxPool3d))
-_NORM_DIMS = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
-"""Dimensions of what goes through a norm; SyncBatchNorm takes them all."""
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_DIMS: dict[type[nn.Module], int] = {
+    kind: dims
+    for dims, kinds in enumerate(zip(_CONVS, _NORMS, *zip(*_POOLS, strict=True), strict=True), start=3)
+    for kind in kinds
+}
+"""Dimensions of what goes through a module; those that are not here, such as SyncBatchNorm, take any."""
 
 
 def _stock(dims: int) -> dict[type[nn.Module], dict[str, tuple[Any, ...]]]:
@@ -510,8 +517,8 @@ def _stock(dims: int) -> dict[type[nn.Module], dict[str, tuple[Any, ...]]]:
 
 
 _STOCK: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
-    **{kind: {} for kind in (*_NORM_DIMS, nn.SyncBatchNorm, nn.ReLU, nn.Dropout)},
-    **{kind: {} for kind in (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)},
+    **{kind: {} for kind in (*_NORMS, nn.SyncBatchNorm, nn.ReLU)},
+    **{kind: {} for kind in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)},
     **_stock(1),
     **_stock(2),
     **_stock(3),
@@ -562,7 +569,7 @@ def _conv_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 def _stock_computes(x: Tensor, norm: BatchNorm, weight: Tensor | None = None) -> bool:
     """Whether stock PyTorch takes x in this norm and this convolution; where not, the reference raises its error."""
-    if x.dim() != _NORM_DIMS.get(type(norm), x.dim()) or (weight is not None and x.dim() != weight.dim()):
+    if x.dim() != _DIMS.get(type(norm), x.dim()) or (weight is not None and x.dim() != weight.dim()):
         return False
     if weight is not None and (weight.dtype == torch.float64 if _autocasts(x) else x.dtype != weight.dtype):
         return False

@@ -23,6 +23,11 @@ from torch import Tensor, nn
 MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
+def memory_formats_of(x: Tensor) -> tuple[torch.memory_format, ...]:
+    """Those that stock PyTorch has for inputs such as x."""
+    return {3: MEMORY_FORMATS[:1], 5: (torch.contiguous_format, torch.channels_last_3d)}.get(x.dim(), MEMORY_FORMATS)
+
+
 @dataclass(frozen=True)
 class Budget:
     """Largest error of the fast implementation: ``factor * stock's error + floor``, relative to float64."""
@@ -102,7 +107,7 @@ def observe(
 
     Args:
         model: in the mode (train, eval) to be observed; its gradients are replaced.
-        x: the input, [N, C, H, W].
+        x: the input, [N, C, *spatial].
         autocast: dtype of an autocast around the forward.
         seed: of dropout, and of the output's random gradient.
         backward: observe gradients too.
@@ -138,23 +143,25 @@ def check(
     dtype: torch.dtype,
     autocast: bool = False,
     backward: bool = True,
-    memory_formats: Sequence[torch.memory_format] = MEMORY_FORMATS,
+    memory_formats: Sequence[torch.memory_format] | None = None,
 ) -> list[Row]:
     """Compare two models of equal state; neither is changed.
 
     Args:
         fast: what is to be proved.
         stock: the same in stock PyTorch.
-        inputs: [N, C, H, W], one batch or several; converted to ``dtype`` unless ``autocast``.
+        inputs: [N, C, *spatial], one batch or several; converted to ``dtype`` unless ``autocast``.
         dtype: the models are converted to it, or autocast to it.
         autocast: keep the parameters as they are and autocast the forward to ``dtype``.
         backward: compare gradients too.
-        memory_formats: stock's; float64 runs in the first, fast in the last. Active dropout draws other values
-            in another format: give it one.
+        memory_formats: stock's, by default all that it has; float64 runs in the first, fast in the last. Active
+            dropout draws other values in another format: give it one.
     """
+    inputs = [inputs] if isinstance(inputs, Tensor) else inputs
+    memory_formats = memory_formats or memory_formats_of(inputs[0])
     exact = copy.deepcopy(stock).double().to(memory_format=memory_formats[0])
     comparisons = []
-    for x in [inputs] if isinstance(inputs, Tensor) else inputs:
+    for x in inputs:
         truth = observe(copy.deepcopy(exact), x.double().contiguous(memory_format=memory_formats[0]), backward=backward)
         rows = compare_models(
             fast, stock, truth, x, dtype, autocast=autocast, backward=backward, memory_formats=memory_formats

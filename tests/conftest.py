@@ -22,6 +22,7 @@ if not torch.cuda.is_available():  # before fastdense looks for Triton
 
 import fastdense
 from fastdense import FastDenseBlock, FastDenseNet, FastTransition, parity
+from fastdense.modules import BatchNorm
 
 settings.register_profile(
     "fastdense",
@@ -59,9 +60,9 @@ def randn() -> Callable[..., Tensor]:
     return make
 
 
-def _tails(channels: int) -> FastDenseNet:
-    """A network of nothing but the stem tail and the head: [N, channels, H, W] -> [N, channels]."""
-    net = FastDenseNet(block_config=(), num_init_features=channels, num_classes=1)
+def _tails(channels: int, **kwargs: Any) -> FastDenseNet:
+    """A network of nothing but the stem tail and the head: [N, channels, *spatial] -> [N, channels]."""
+    net = FastDenseNet(block_config=(), num_init_features=channels, num_classes=1, **kwargs)
     net.features.conv0, net.classifier = nn.Identity(), nn.Identity()
     return net
 
@@ -91,12 +92,12 @@ def twins() -> Callable[..., tuple[nn.Module, nn.Module]]:
     return make
 
 
-def batch_norms_of(model: nn.Module) -> list[nn.BatchNorm2d]:
-    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+def batch_norms_of(model: nn.Module) -> list[BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, BatchNorm)]
 
 
 @pytest.fixture(scope="session")
-def batch_norms() -> Callable[[nn.Module], list[nn.BatchNorm2d]]:
+def batch_norms() -> Callable[[nn.Module], list[BatchNorm]]:
     """``batch_norms(model)``, in the order of the forward."""
     return batch_norms_of
 
@@ -119,11 +120,11 @@ def clear_relus() -> Callable[..., None]:
     def clear(models: Sequence[nn.Module], inputs: Sequence[Tensor]) -> None:
         probe = copy.deepcopy(models[-1]).double()
 
-        def move(norm: nn.BatchNorm2d, args: tuple[Tensor], _: Tensor) -> Tensor:
+        def move(norm: BatchNorm, args: tuple[Tensor], _: Tensor) -> Tensor:
             out = torch.cat([norm.forward(x) for x in args[0].chunk(len(inputs))])  # each with its own statistics
             shift = widest_gap(out.transpose(0, 1).flatten(1))
             norm.bias.data -= shift
-            return out - shift[:, None, None]
+            return out - shift.view(-1, *[1] * (out.dim() - 2))
 
         for norm in batch_norms_of(probe):
             norm.register_forward_hook(move)

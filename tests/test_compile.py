@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdense
 from fastdense import FallbackWarning, FastDenseBlock, FastDenseNet, FastTransition
+from fastdense.modules import BatchNorm
 from fastdense.parity import BUDGETS, Row, compare, failures, observe, relative_error
 
 CONFIG = dict(growth_rate=8, block_config=(2, 2), num_init_features=8, num_classes=5)
@@ -41,12 +42,12 @@ def network(**options: Any) -> FastDenseNet:
     return model
 
 
-def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
-    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+def norms(model: nn.Module) -> list[BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, BatchNorm)]
 
 
-def photos(size: int = 32, seed: int = 0) -> Tensor:
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(seed))
+def photos(size: int = 32, seed: int = 0, dims: int = 2) -> Tensor:
+    return torch.randn(2, 3, *[size] * dims, generator=torch.Generator().manual_seed(seed))
 
 
 def eager_parity(
@@ -88,6 +89,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[FastDenseNet], Any]]] = {
     "memory_efficient": (dict(memory_efficient=True), FastDenseNet.train),
     "no bottlenecks": (dict(bn_size=None, small_inputs=True), FastDenseNet.train),
     "partly frozen": ({}, frozen_stem_and_transition),
+    "sequences": (dict(spatial_dims=1), FastDenseNet.train),
+    "volumes": (dict(spatial_dims=3), FastDenseNet.train),
+    "volumes, eval": (dict(spatial_dims=3), FastDenseNet.eval),
 }
 
 
@@ -98,7 +102,9 @@ def test_one_graph_equals_eager(variant):
     model = network(**options).double()
     prepare(model)
     size = 12 if options.get("small_inputs") else 32
-    assert not list(failures(eager_parity(model, photos(size).double(), torch.float64)))
+    assert not list(
+        failures(eager_parity(model, photos(size, dims=options.get("spatial_dims", 2)).double(), torch.float64))
+    )
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast bf16"])

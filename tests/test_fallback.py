@@ -263,6 +263,41 @@ def test_wrong_and_unavailable_backends(pair, x):
     assert is_fast(fast.float(), x)
 
 
+@pytest.mark.parametrize("dims", [1, 3])
+def test_sequences_and_volumes_run_where_they_can(dims, randn):
+    block, x = fastdense.FastDenseBlock(2, 6, 2, 4, spatial_dims=dims), randn(2, 6, *[5] * dims)
+    assert is_fast(block, x)
+    note = f"it computes in 2-D, not in {dims}-D"
+    assert backends._REGISTRY["triton"].spatial_dims == backends._REGISTRY["cpu"].spatial_dims == (2,)
+    assert backends.Backend("cpu", "a module", "").refuses(x.device, x.dtype, dims) == note
+    with fastdense.use_backend("cpu"), pytest.raises(RuntimeError, match="'cpu' was asked for, but"):
+        block(x)
+
+
+def test_children_of_different_dimensions(pair, x):
+    _, fast = pair
+    fast.denselayer2.norm2 = torch.nn.BatchNorm3d(fast.denselayer2.norm2.num_features)
+    with (
+        pytest.warns(fastdense.FallbackWarning, match="denselayer2: its children have different spatial dimensions"),
+        pytest.raises(ValueError, match="expected 5D input"),
+    ):
+        fast(x)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_input_of_other_dimensions_is_pytorchs_error(dims, randn):
+    fast, stock = (
+        kind(2, 6, 2, 4, spatial_dims=dims) for kind in (fastdense.FastDenseBlock, fastdense.reference.DenseBlock)
+    )
+    for other in {1, 2, 3} - {dims}:
+        messages = []
+        for block in (fast, stock):
+            with pytest.raises((ValueError, RuntimeError)) as error:
+                block(randn(2, 6, *[5] * other))
+            messages.append(str(error.value))
+        assert messages[0] == messages[1]
+
+
 @pytest.mark.parametrize(
     ("value", "printed"),
     [("reference", "False"), ("torch", "True"), ("", "True"), ("wrong", "ValueError: backend must be one of")],

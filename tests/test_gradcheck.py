@@ -7,15 +7,16 @@ from torch import nn
 import fastdense
 from fastdense import ops
 from fastdense.kernels.contract import Norm
-from fastdense.modules import head, stem_tail
+from fastdense.modules import BatchNorm, head, stem_tail
 
 MODES = ("train", "frozen", "mixed")
+every_dimension = pytest.mark.parametrize("dims", [1, 2, 3], ids="{}-D".format)
 
 
 def set_mode(module, mode):
     """Frozen: all norms use running statistics. Mixed: every other one does, with epsilons that all differ."""
     generator = torch.Generator().manual_seed(0)
-    for i, norm in enumerate(m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
+    for i, norm in enumerate(m for m in module.modules() if isinstance(m, BatchNorm)):
         norm.train(mode == "train" or (mode == "mixed" and i % 2 == 0))
         if mode == "mixed":
             norm.eps = 1e-5 * 10 ** (i % 4)
@@ -30,7 +31,7 @@ def set_mode(module, mode):
 def assert_gradients(module, x, run=None):
     """gradcheck with respect to the input and every parameter. Its differences must not update statistics."""
     for m in module.modules():
-        if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None:
+        if isinstance(m, BatchNorm) and m.running_mean is not None:
             m.momentum = 0.0
     names, parameters = zip(*module.named_parameters(), strict=True)
 
@@ -52,47 +53,55 @@ def features(*shape):
     [{}, {"memory_efficient": True}, {"bn_size": None}],
     ids=["bottleneck", "recomputed", "no bottleneck"],
 )
-def test_block(mode, kwargs):
+@every_dimension
+def test_block(dims, mode, kwargs):
     torch.manual_seed(0)
-    block = fastdense.FastDenseBlock(3, 3, **{"bn_size": 2, "growth_rate": 2, **kwargs}).double()
+    block = fastdense.FastDenseBlock(3, 3, **{"bn_size": 2, "growth_rate": 2, **kwargs}, spatial_dims=dims).double()
     set_mode(block, mode)
-    assert_gradients(block, features(2, 3, 3, 4))
+    assert_gradients(block, features(2, 3, *(3, 4, 2)[:dims]))
 
 
 @pytest.mark.parametrize("bn_size", [2, None])
-def test_block_with_dropout(bn_size):
+@every_dimension
+def test_block_with_dropout(dims, bn_size):
     torch.manual_seed(0)
-    block = fastdense.FastDenseBlock(2, 3, bn_size, 2, drop_rate=0.4, drop_every_conv=True).double()
+    options = dict(drop_rate=0.4, drop_every_conv=True, spatial_dims=dims)
+    block = fastdense.FastDenseBlock(2, 3, bn_size, 2, **options).double()
     set_mode(block, "train")
 
     def run(x):
         torch.manual_seed(5)
         return block(x)
 
-    assert_gradients(block, features(2, 3, 3, 4), run)
+    assert_gradients(block, features(2, 3, *(3, 4, 2)[:dims]), run)
 
 
 @pytest.mark.parametrize("mode", ["train", "frozen"])
-def test_transition(mode):
+@every_dimension
+def test_transition(dims, mode):
     torch.manual_seed(0)
-    transition = fastdense.FastTransition(4, 3).double()
+    transition = fastdense.FastTransition(4, 3, spatial_dims=dims).double()
     set_mode(transition, mode)
-    assert_gradients(transition, features(2, 4, 5, 4))
+    assert_gradients(transition, features(2, 4, *(5, 4, 3)[:dims]))
+
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class StemTail(nn.Module):
-    def __init__(self, channels):
+    def __init__(self, channels, dims):
         super().__init__()
-        self.norm, self.relu, self.pool = nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        pool = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[dims - 1]
+        self.norm, self.relu, self.pool = NORMS[dims - 1](channels), nn.ReLU(), pool(3, 2, 1)
 
     def forward(self, x):
         return stem_tail(self.norm, self.relu, self.pool, x)
 
 
 class Head(nn.Module):
-    def __init__(self, channels):
+    def __init__(self, channels, dims):
         super().__init__()
-        self.norm = nn.BatchNorm2d(channels)
+        self.norm = NORMS[dims - 1](channels)
 
     def forward(self, x):
         return head(self.norm, x, None)
@@ -100,18 +109,21 @@ class Head(nn.Module):
 
 @pytest.mark.parametrize("mode", ["train", "frozen"])
 @pytest.mark.parametrize("kind", [StemTail, Head])
-def test_stem_tail_and_head(kind, mode):
-    module = kind(3).double()
+@every_dimension
+def test_stem_tail_and_head(dims, kind, mode):
+    module = kind(3, dims).double()
     set_mode(module, mode)
-    assert_gradients(module, features(2, 3, 5, 6))
+    assert_gradients(module, features(2, 3, *(5, 6, 3)[:dims]))
 
 
-def test_a_whole_network_equals_the_reference_in_float64():
+@every_dimension
+def test_a_whole_network_equals_the_reference_in_float64(dims):
     """Statistics and layouts cross the borders of the modules."""
     torch.manual_seed(0)
-    stock = fastdense.reference.DenseNet(3, (2, 2), 4, 2, num_classes=3).double()
-    fast = fastdense.convert(stock)
-    x = features(3, 3, 32, 40)
+    stock = fastdense.reference.DenseNet(3, (2, 2), 4, 2, num_classes=3, spatial_dims=dims).double()
+    fast = fastdense.FastDenseNet(3, (2, 2), 4, 2, num_classes=3, spatial_dims=dims).double()
+    fast.load_state_dict(stock.state_dict())
+    x = features(3, 3, *(32, 40, 33)[:dims])
     for mode in MODES:
         gradients = []
         for model in (stock, fast):
@@ -129,8 +141,11 @@ def test_wrong_shapes():
     x = torch.randn(2, 3, 4, 3)
     layers = fastdense.FastDenseBlock(2, 3, 2, 2)._gather(x, channels_last=False)
     run = {"dtype": torch.float32, "save_bottleneck": True, "backend": "torch"}
-    with pytest.raises(ValueError, match=r"dense_block: x must be \[N, C, H, W\], got shape \[3, 4, 3\]"):
-        ops.dense_block(x[0], layers, **run)
+    with pytest.raises(ValueError, match=r"dense_block: x must be \[N, C, H, W\], .* got shape \[4, 3\]"):
+        ops.dense_block(x[0, 0], layers, **run)
+    expected = r"layer 0: conv1_weight must be \[4, 3, 1\] for x \[2, 3, 12\], got \[4, 3, 1, 1\]"
+    with pytest.raises(ValueError, match=expected):
+        ops.dense_block(x.flatten(2), layers, **run)
     expected = r"layer 0: norm1_weight must be \[2\] for x \[2, 2, 4, 3\], got \[3\]"
     with pytest.raises(ValueError, match=expected):
         ops.dense_block(x[:, :2], layers, **run)
@@ -141,7 +156,7 @@ def test_wrong_shapes():
     norm = Norm(*[torch.ones(3)] * 4, 1e-5, False)
     with pytest.raises(ValueError, match=r"transition: conv_weight must be \[C', 3, 1, 1\], got shape \[2, 4, 1, 1\]"):
         ops.transition(x, norm, torch.ones(2, 4, 1, 1), dtype=torch.float32, backend="torch")
-    with pytest.raises(ValueError, match="transition: H and W must be at least 2"):
+    with pytest.raises(ValueError, match="transition: spatial dimensions must be at least 2"):
         ops.transition(x[:, :, :1], norm, torch.ones(2, 3, 1, 1), dtype=torch.float32, backend="torch")
     with pytest.raises(ValueError, match=r"head: norm weight must be \[2\] like the channels of x"):
         ops.head(x[:, :2], norm, backend="torch")

@@ -23,6 +23,9 @@ SITUATIONS: dict[str, dict[str, Any]] = {
     "no bottleneck": dict(bn_size=None),
     "memory efficient": dict(memory_efficient=True),
     "dropout": dict(drop_rate=0.3, drop_every_conv=True),
+    "sequences": dict(spatial_dims=1),
+    "volumes": dict(spatial_dims=3),
+    "volumes, eval": dict(spatial_dims=3, train=False),
 }
 every_situation = pytest.mark.parametrize("situation", SITUATIONS.values(), ids=SITUATIONS)
 
@@ -35,7 +38,7 @@ def calls_of_a_network(
     """The last call of each op in a training step, followed in eval mode by an inference, by the op's name."""
     torch.manual_seed(0)
     net = FastDenseNet(3, (2, 1), 4, num_classes=3, **options).to(device).train(train)
-    x = torch.randn(2, 3, 32, 28, device=device)
+    x = torch.randn(2, 3, *(32, 28, 33)[: options.get("spatial_dims", 2)], device=device)
     with op_calls() as calls:
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
             out = net(x)

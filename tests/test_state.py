@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdense import parity, reference
+from fastdense.parity import memory_formats_of
 
 pytestmark = pytest.mark.filterwarnings("error::fastdense.FallbackWarning")
 
 SHAPES = {"block": (2, 16, 6, 7), "transition": (2, 16, 6, 7), "tails": (2, 16, 6, 7), "net": (2, 3, 32, 32)}
 ARGUMENTS = {"block": (3, 16, 2, 8), "transition": (16, 9), "tails": (16,), "net": (8, (2, 2), 16, 2, 0.0, 5)}
 every_kind = pytest.mark.parametrize("kind", SHAPES)
+SPATIAL = {1: (41,), 2: (6, 7), 3: (4, 2, 5)}
+LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+"""PyTorch's names for channels innermost; of sequences it has none."""
 
 
 def buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -31,23 +35,33 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("momentum", [0.1, None, 0.0, 1.0], ids=str)
 @pytest.mark.parametrize(
     "kind_and_options",
-    [("block", {}), ("block", dict(memory_efficient=True)), ("transition", {}), ("tails", {}), ("net", {})],
-    ids=["block", "memory_efficient block", "transition", "tails", "net"],
+    [
+        ("block", {}),
+        ("block", dict(memory_efficient=True)),
+        ("transition", {}),
+        ("tails", {}),
+        ("net", {}),
+        ("net", dict(spatial_dims=1)),
+        ("net", dict(spatial_dims=3)),
+    ],
+    ids=["block", "memory_efficient block", "transition", "tails", "net", "net of sequences", "net of volumes"],
 )
 def test_running_statistics_over_20_steps(kind_and_options, momentum, device, twins, randn, batch_norms):
     kind, options = kind_and_options
     fast, stock = twins(kind, *ARGUMENTS[kind], **options)
     models = dict(fast=fast.to(device), stock=stock.to(device), exact=copy.deepcopy(stock).double().to(device))
-    models["stock NHWC"] = copy.deepcopy(models["stock"]).to(memory_format=torch.channels_last)
+    shape = SHAPES[kind][:2] + (32,) * options["spatial_dims"] if "spatial_dims" in options else SHAPES[kind]
+    last = memory_formats_of(torch.empty(shape))[-1]
+    models["stock NHWC"] = copy.deepcopy(models["stock"]).to(memory_format=last)
     for model in models.values():
         for norm in batch_norms(model):
             norm.momentum = momentum
     for step in range(20):
-        x = randn(*SHAPES[kind], seed=step, device=device) * (1 + step / 10) + step / 10
+        x = randn(*shape, seed=step, device=device) * (1 + step / 10) + step / 10
         for name, model in models.items():
             y = x.double() if name == "exact" else x
             if name == "stock NHWC":
-                y = y.contiguous(memory_format=torch.channels_last)
+                y = y.contiguous(memory_format=last)
             if step % 2:  # an autograd graph makes no difference
                 model(y)
             else:
@@ -192,17 +206,23 @@ def test_memory_efficient_reference(randn, batch_norms, assert_identical):
 @pytest.mark.parametrize("drop_rate", [0.3, 1.0])
 @pytest.mark.parametrize("drop_every_conv", [False, True], ids=["", "every conv"])
 @pytest.mark.parametrize("bn_size", [4, None])
-@pytest.mark.parametrize("weights_format", [torch.contiguous_format, torch.channels_last], ids=["", "weights NHWC"])
-@pytest.mark.parametrize("input_format", [torch.contiguous_format, torch.channels_last], ids=["", "input NHWC"])
+@pytest.mark.parametrize("weights_last", [False, True], ids=["", "weights NHWC"])
+@pytest.mark.parametrize("input_last", [False, True], ids=["", "input NHWC"])
+@pytest.mark.parametrize("dims", SPATIAL, ids="{}-D".format)
 def test_dropout_draws_what_the_reference_draws(
-    input_format, weights_format, bn_size, drop_every_conv, drop_rate, twins, randn
+    dims, input_last, weights_last, bn_size, drop_every_conv, drop_rate, twins, randn
 ):
-    pair = twins("block", 3, 16, bn_size, 4, drop_rate=drop_rate, drop_every_conv=drop_every_conv)
-    x = randn(*SHAPES["block"]).to(memory_format=input_format)
+    options = dict(drop_rate=drop_rate, drop_every_conv=drop_every_conv, spatial_dims=dims)
+    pair = twins("block", 3, 16, bn_size, 4, **options)
+    x = randn(2, 16, *SPATIAL[dims])
+    if input_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     outputs, states = [], []
     for module in pair:
         torch.manual_seed(0)
-        outputs.append(module.to(memory_format=weights_format)(x))
+        if weights_last and dims in LAST:
+            module.to(memory_format=LAST[dims])
+        outputs.append(module(x))
         states.append(torch.get_rng_state())
     assert torch.equal(outputs[0] == 0, outputs[1] == 0)
     assert outputs[0].isfinite().all()

@@ -88,7 +88,10 @@ def affines(norms: list[Norm], dtype: torch.dtype) -> list[Affine]:
 
 def affine(norm: Norm, dtype: torch.dtype) -> Affine:
     """The vectors of one BatchNorm."""
-    return affines([norm], dtype)[0]
+    weight, bias, mean, var = (cast(vector, dtype) for vector in norm[:4])
+    rstd = var.add(norm.eps).rsqrt_()
+    scale = weight * rstd
+    return Affine(weight, scale, torch.addcmul(bias, mean, scale, value=-1), mean, rstd)
 
 
 def affine_relu(x: Tensor, vectors: Affine, out: Tensor | None = None) -> Tensor:
@@ -98,7 +101,8 @@ def affine_relu(x: Tensor, vectors: Affine, out: Tensor | None = None) -> Tensor
 
 def _image(x: Tensor) -> Tensor:
     """[M, C] as one image [1, C, M, 1], whose channels-last memory PyTorch's kernels of BatchNorm know."""
-    return x.view(1, -1, 1, x.shape[1]).permute(0, 3, 1, 2)
+    (pixels, channels), (step, inner) = x.shape, x.stride()
+    return x.as_strided((1, channels, pixels, 1), (pixels * step, inner, step, step))
 
 
 def row_stats(x: Tensor) -> ChannelStats:
@@ -110,7 +114,7 @@ def row_stats(x: Tensor) -> ChannelStats:
 def channel_stats(x: Tensor) -> ChannelStats:
     """Mean and biased variance of each channel of [N, C, *spatial], in the accumulator dtype."""
     source, parts = rows(x), chunks(x.shape, x.device)
-    return merge_stats([row_stats(source[chunk.rows].contiguous()) for chunk in parts], parts)
+    return merge_stats([row_stats(chunk.of(source).contiguous()) for chunk in parts], parts)
 
 
 def zero_stats(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> ChannelStats:
@@ -162,10 +166,24 @@ class Correction(NamedTuple):
     q: Tensor
 
 
-def correction(s1: Tensor, s2: Tensor, vectors: Affine, count: int) -> Correction:
-    """Of a norm that uses the statistics of its batch of ``count`` pixels."""
-    share = vectors.scale * (-1 / count)
-    return Correction(vectors.mean, share * s1, share.mul_(vectors.rstd).mul_(s2))
+class Shares(NamedTuple):
+    """What s1 and s2 of a norm that uses the statistics of its batch contribute to p and q, all [C]."""
+
+    mean: Tensor
+    p: Tensor  # -scale / M
+    q: Tensor  # -scale * rstd / M
+
+    def correction(self, s1: Tensor, s2: Tensor) -> Correction:
+        return Correction(self.mean, self.p * s1, self.q * s2)
+
+
+def shares(norms: list[Affine], count: int) -> list[Shares]:
+    """Of some norms in a batch of ``count`` pixels."""
+    if not norms:
+        return []
+    ps = torch._foreach_mul([norm.scale for norm in norms], -1 / count)
+    qs = torch._foreach_mul(ps, [norm.rstd for norm in norms])
+    return [Shares(norm.mean, p, q) for norm, p, q in zip(norms, ps, qs, strict=True)]
 
 
 def input_gradient(
@@ -183,7 +201,7 @@ def norm_relu(x: Tensor, norm: Norm) -> Iterator[tuple[Chunk, Tensor]]:
     source, vectors = rows(x), affine(norm, accumulator_dtype(x.dtype))
     scratch = Scratch(vectors.scale.dtype, x.device)
     for chunk in chunks(x.shape, x.device):
-        z = affine_relu(source[chunk.rows], vectors, scratch("z", chunk.pixels, x.shape[1]))
+        z = affine_relu(chunk.of(source), vectors, scratch("z", chunk.pixels, x.shape[1]))
         yield chunk, images(z, chunk.shape)
 
 
@@ -199,17 +217,17 @@ def norm_relu_backward(dz: Callable[[Chunk, Tensor], Tensor], x: Tensor, norm: N
     parts, sums = chunks(x.shape, x.device), []
     for chunk in parts:
         size = (chunk.pixels, x.shape[1])
-        x_chunk = scratch("x", *size).copy_(source[chunk.rows])
+        x_chunk = scratch("x", *size).copy_(chunk.of(source))
         z = affine_relu(x_chunk, vectors, scratch("z", *size))
-        part = mask_by_relu(rows(dz(chunk, images(z, chunk.shape))), z, out=da[chunk.rows])
+        part = mask_by_relu(rows(dz(chunk, images(z, chunk.shape))), z, out=chunk.of(da))
         sums.append(norm_sums(part, x_chunk, vectors))
     s1, s2 = add_up(sums)
-    through = correction(s1, s2, vectors, len(source)) if norm.batch_stats else None
+    through = shares([vectors], len(source))[0].correction(s1, s2) if norm.batch_stats else None
     group = join(norm.group, len(source), x.device)
     if through and group:
         group.add_up(through.p, through.q)
     for chunk in parts:
         out = scratch("x", chunk.pixels, x.shape[1])
-        dx[chunk.rows] = input_gradient(da[chunk.rows], vectors.scale, source[chunk.rows], through, out)
+        dx[chunk.rows] = input_gradient(chunk.of(da), vectors.scale, chunk.of(source), through, out)
     dx = images(dx, (x.shape[0], *x.shape[2:]))
     return NormGrads(dx, cast(s2, norm.weight.dtype), cast(s1, norm.bias.dtype))

@@ -24,6 +24,10 @@ class Chunk(NamedTuple):
     def pixels(self) -> int:
         return self.rows.stop - self.rows.start
 
+    def of(self, x: Tensor) -> Tensor:
+        """Its rows of [M, C]; those of all images without a slice, which in a deep network adds up."""
+        return x if self.pixels == len(x) else x[self.rows]
+
 
 def chunks(shape: Sequence[int], device: torch.device) -> list[Chunk]:
     """Of a pass whose widest temporary is [N, C, *spatial]: as equal as can be on CPUs, one elsewhere."""

@@ -1,10 +1,8 @@
-"""The convolutions of a DenseNet, 1x1 and padded 3x3 without bias, in whichever stock form is the quickest.
-
-Their kernels have 1, 2 or 3 dimensions; a sequence is convolved as an image of one row.
-"""
+"""The convolutions of a DenseNet, 1x1 and padded 3x3 without bias, in whichever stock form is the quickest."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,10 +18,9 @@ def conv(z: Tensor, weight: Tensor, shape: Sequence[int], bias: Tensor | None = 
     if _is_product(z, weight):
         columns = weight.flatten(1).t()
         return z @ columns if bias is None else torch.addmm(bias, z, columns)
-    z, weight = _planes(images(z, shape)), _planes(weight)
-    padding = [size // 2 for size in weight.shape[2:]]
-    ones, zeros = [1] * len(padding), [0] * len(padding)
-    return rows(torch.convolution(z, weight, bias, ones, padding, ones, False, zeros, 1))
+    weight, shape = _planar(weight, shape)
+    ones, zeros, padding = _geometry(weight)
+    return rows(torch.convolution(images(z, shape), weight, bias, ones, padding, ones, False, zeros, 1))
 
 
 def conv_backward(
@@ -32,12 +29,20 @@ def conv_backward(
     """dz [M, C] and the weight's gradient, from dense dy [M, K] and z."""
     if _is_product(z, weight):
         return dy @ weight.flatten(1), (dy.t() @ z).view(weight.shape) if need_weight else None
-    planes = _planes(weight)
-    padding = [size // 2 for size in planes.shape[2:]]
-    ones, zeros = [1] * len(padding), [0] * len(padding)
-    dy, z = _planes(images(dy, shape)), _planes(images(z, shape))
+    kernel, shape = _planar(weight, shape)
+    ones, zeros, padding = _geometry(kernel)
     dz, dweight, _ = torch.ops.aten.convolution_backward(
-        dy, z, planes, None, ones, padding, ones, False, zeros, 1, [True, need_weight, False]
+        images(dy, shape),
+        images(z, shape),
+        kernel,
+        None,
+        ones,
+        padding,
+        ones,
+        False,
+        zeros,
+        1,
+        [True, need_weight, False],
     )
     return rows(dz), dweight.view(weight.shape) if need_weight else None
 
@@ -46,6 +51,23 @@ def _is_product(z: Tensor, weight: Tensor) -> bool:
     return weight.shape[-1] == 1 and z.device.type == "cpu" and len(z) <= _FEW
 
 
-def _planes(x: Tensor) -> Tensor:
-    """[N, C, L] as [N, C, 1, L]; images and volumes as they are."""
-    return x.unsqueeze(2) if x.dim() == 3 else x
+def _planar(weight: Tensor, shape: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
+    """A kernel and the shape of its input as those of images, where that changes nothing.
+
+    A sequence is an image of one row. A 1x1 convolution does not know its pixels' neighbours, and as one of volumes it
+    takes PyTorch twice as long.
+    """
+    if weight.dim() == 3:
+        weight = weight.unsqueeze(2)
+    elif weight.dim() == 5 and weight.shape[-1] == 1:
+        weight = weight.squeeze(2)
+    else:
+        return weight, shape
+    n, *spatial = shape
+    return weight, (n, math.prod(spatial[:-1]), spatial[-1])
+
+
+def _geometry(weight: Tensor) -> tuple[list[int], list[int], list[int]]:
+    """Ones, zeros and the padding, for each spatial dimension."""
+    dims = weight.dim() - 2
+    return [1] * dims, [0] * dims, [size // 2 for size in weight.shape[2:]]

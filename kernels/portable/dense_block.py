@@ -44,7 +44,6 @@ from .batch_norm import (
     affines,
     cast,
     channel_stats,
-    correction,
     gemm_dtype,
     images,
     input_gradient,
@@ -54,6 +53,7 @@ from .batch_norm import (
     norm_sums,
     row_stats,
     rows,
+    shares,
     zero_stats,
 )
 from .chunks import Chunk, Scratch, chunks
@@ -86,13 +86,13 @@ class _NormReluConv:
         if out is None and len(parts) > 1:
             out = source.new_empty((len(source), len(self.weight)), dtype=self.dtype)
         for chunk in parts:
-            z = self._prologue(source[chunk.rows])
+            z = self._prologue(chunk.of(source))
             y = cast(conv(cast(z, self.compute), self.weight, chunk.shape), self.dtype)
             self._drop(y, chunk)
             if out is None:
                 out = y
             else:
-                out[chunk.rows] = y
+                chunk.of(out).copy_(y)
             if want_stats:
                 stats.append(row_stats(y))
         assert out is not None
@@ -106,7 +106,7 @@ class _NormReluConv:
         da is gathered in ``out`` [M, C] if given; when all are consumed, ``dweight`` is the weight's gradient.
         """
         for chunk, dy in zip(parts, dys, strict=True):
-            x = source[chunk.rows]
+            x = chunk.of(source)
             if x.dtype != self.acc or not x.is_contiguous():
                 x = self.scratch("x", *x.shape).copy_(x)
             z = self._prologue(x)
@@ -118,7 +118,7 @@ class _NormReluConv:
                 dweight = cast(dweight, self.acc)
                 self.dweight = dweight if chunk is parts[0] else self.dweight.add_(dweight)
             dz = cast(dz, self.acc)
-            yield chunk, x, mask_by_relu(dz, z, out=dz if out is None else out[chunk.rows])
+            yield chunk, x, mask_by_relu(dz, z, out=dz if out is None else chunk.of(out))
 
     def _prologue(self, x: Tensor) -> Tensor:
         """z [m, C] in the accumulator dtype, good until the next."""
@@ -157,7 +157,7 @@ class _Block:
         """Those of a norm, chunk by chunk [m, C], each good until the next."""
         for chunk in parts:
             out = self.scratch("dx", chunk.pixels, da.shape[1])
-            yield input_gradient(da[chunk.rows], norm.scale, source[chunk.rows], through, out)
+            yield input_gradient(chunk.of(da), norm.scale, chunk.of(source), through, out)
 
 
 def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottleneck: bool) -> DenseBlockOutput:
@@ -168,7 +168,7 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
     out = empty_channels_last((n, layers.output_channels, *spatial), store, x.device)
     shared = rows(out)  # X
     stats = zero_stats((layers.output_channels,), store, x.device)
-    bottleneck_stats = zero_stats((layers.num_layers, layers.bottleneck_channels), store, x.device)
+    bottleneck_stats: list[ChannelStats] = []
     share_stats = any(layers.norm1_batch_stats)
     bottleneck: list[Tensor] = []
     group = join(layers.group, len(shared), x.device)
@@ -185,15 +185,21 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
             hidden, hidden_stats = block.bottleneck(layer, affine(norm, block.acc)).forward(source, parts, use_batch)
             if save_bottleneck:
                 bottleneck.append(hidden)
-            _store(bottleneck_stats, layer, hidden_stats, group)
-            source, norm = hidden, layers.norm2(layer, _at(bottleneck_stats, layer))
+            if hidden_stats is None:
+                hidden_stats = zero_stats((layers.bottleneck_channels,), store, x.device)
+            elif group is not None:
+                group.merge(hidden_stats)
+            bottleneck_stats.append(hidden_stats)
+            source, norm = hidden, layers.norm2(layer, hidden_stats)
         new = slice(channels, channels + layers.growth_rate)
         _, new_stats = block.growth(layer, affine(norm, block.acc)).forward(
             source, parts, share_stats, out=shared[:, new]
         )
         _store(stats, new, new_stats, group)
 
-    return DenseBlockOutput(out, bottleneck, *stats, *bottleneck_stats)
+    if not bottleneck_stats:
+        return DenseBlockOutput(out, bottleneck, *stats, *zero_stats((layers.num_layers, 0), store, x.device))
+    return DenseBlockOutput(out, bottleneck, *stats, *map(torch.stack, zip(*bottleneck_stats, strict=True)))
 
 
 def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) -> Tensor:
@@ -216,7 +222,7 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) ->
     shared[:, :c0] = rows(x)
     scratch = Scratch(acc, x.device)
     for chunk in chunks((n, layers.output_channels, *spatial), x.device):  # through every layer while in cache
-        part = shared[chunk.rows]
+        part = chunk.of(shared)
         for layer, weight in enumerate(growth):
             channels = c0 + layer * layers.growth_rate
             z = affine_relu(part[:, :channels], norm1[layer], scratch("z", chunk.pixels, channels))
@@ -253,7 +259,13 @@ def dense_block_backward(
     first_layer = needs.first_layer()
     norms1 = affines([layers.norm1(layer, stats) for layer in range(layers.num_layers)], acc)
     norms2 = affines([layers.norm2(i, _at(bottleneck_stats, i)) for i in range(len(layers.norm2_weight))], acc)
-    grads = _empty_grads(layers, shared)
+    shares1, shares2 = shares(norms1, count), shares(norms2, count)
+    parameters = (
+        layers.norm1_weight, layers.norm1_bias, layers.conv1_weight,
+        layers.norm2_weight, layers.norm2_bias, layers.conv2_weight,
+    )  # fmt: skip
+    gradients: list[list[Tensor | None]] = [[None] * len(tensors) for tensors in parameters]
+    dnorm1_weight, dnorm1_bias, dconv1_weight, dnorm2_weight, dnorm2_bias, dconv2_weight = gradients
 
     def true_gradient(channels: slice) -> Tensor:
         """G + P + Q * (x - mean) of some channels, [M, k]."""
@@ -274,41 +286,46 @@ def dense_block_backward(
             second = block.growth(layer, norm2)
             da = torch.empty(hidden.shape, dtype=acc, device=device)
             narrow = chunks((n, layers.bottleneck_channels, *spatial), device)
-            halves = second.backward((dy[chunk.rows] for chunk in narrow), hidden, narrow, needs.conv2[layer], da)
+            halves = second.backward((chunk.of(dy) for chunk in narrow), hidden, narrow, needs.conv2[layer], da)
             s1, s2 = add_up([norm_sums(part, x, norm2) for _, x, part in halves])
-            own = correction(s1, s2, norm2, count) if layers.norm2_batch_stats[layer] else None
+            own = shares2[layer].correction(s1, s2) if layers.norm2_batch_stats[layer] else None
             if own and group:
                 group.add_up(own.p, own.q)
             dys = block.input_gradients(da, norm2, hidden, own, parts)
-            grads.norm2_weight[layer] = cast(s2, layers.norm2_weight[layer].dtype)
-            grads.norm2_bias[layer] = cast(s1, layers.norm2_bias[layer].dtype)
+            dnorm2_weight[layer] = cast(s2, layers.norm2_weight[layer].dtype)
+            dnorm2_bias[layer] = cast(s1, layers.norm2_bias[layer].dtype)
             if needs.conv2[layer]:
-                grads.conv2_weight[layer] = laid_out_as(second.dweight, layers.conv2_weight[layer])
+                dconv2_weight[layer] = laid_out_as(second.dweight, layers.conv2_weight[layer])
         else:
             first = block.growth(layer, norm1)
-            dys = (dy[chunk.rows] for chunk in parts)
+            dys = (chunk.of(dy) for chunk in parts)
 
-        sums = []
+        prefix, sums = grad[:, :channels], []
         for chunk, x, da in first.backward(dys, source, parts, needs.conv1[layer]):
             sums.append(norm_sums(da, x, norm1))
-            grad[chunk.rows, :channels].addcmul_(da, norm1.scale)
+            chunk.of(prefix).addcmul_(da, norm1.scale)
         s1, s2 = add_up(sums)
         if layers.norm1_batch_stats[layer]:
-            own = correction(s1, s2, norm1, count)
-            through.p[:channels].add_(own.p)
-            through.q[:channels].add_(own.q)
-        grads.norm1_weight[layer] = cast(s2, layers.norm1_weight[layer].dtype)
-        grads.norm1_bias[layer] = cast(s1, layers.norm1_bias[layer].dtype)
+            through.p[:channels].addcmul_(shares1[layer].p, s1)
+            through.q[:channels].addcmul_(shares1[layer].q, s2)
+        dnorm1_weight[layer] = cast(s2, layers.norm1_weight[layer].dtype)
+        dnorm1_bias[layer] = cast(s1, layers.norm1_bias[layer].dtype)
         if needs.conv1[layer]:
-            grads.conv1_weight[layer] = laid_out_as(first.dweight, layers.conv1_weight[layer])
+            dconv1_weight[layer] = laid_out_as(first.dweight, layers.conv1_weight[layer])
 
-    if not needs.x:
-        return grads
-    dx = true_gradient(slice(0, layers.input_channels))
-    return grads._replace(x=images(cast(dx, x_dtype), (n, *spatial)))
+    dx = shared.new_empty(0)
+    if needs.x:
+        dx = images(cast(true_gradient(slice(0, layers.input_channels)), x_dtype), (n, *spatial))
+    return DenseBlockGrads(
+        dx,
+        *(
+            [p.new_empty(0) if gradient is None else gradient for gradient, p in zip(*pair, strict=True)]
+            for pair in zip(gradients, parameters, strict=True)
+        ),
+    )
 
 
-def _store(stats: ChannelStats, where: slice | int, values: ChannelStats | None, group: Group | None) -> None:
+def _store(stats: ChannelStats, where: slice, values: ChannelStats | None, group: Group | None) -> None:
     if values is None:
         return
     if group is not None:
@@ -318,12 +335,3 @@ def _store(stats: ChannelStats, where: slice | int, values: ChannelStats | None,
 
 def _at(stats: ChannelStats, layer: int) -> ChannelStats:
     return ChannelStats(stats.mean[layer], stats.var[layer])
-
-
-def _empty_grads(layers: DenseLayers, like: Tensor) -> DenseBlockGrads:
-    """Nothing yet: an empty tensor in every place."""
-    none = [[like.new_empty(0, dtype=p.dtype) for p in params] for params in (
-        layers.norm1_weight, layers.norm1_bias, layers.conv1_weight,
-        layers.norm2_weight, layers.norm2_bias, layers.conv2_weight,
-    )]  # fmt: skip
-    return DenseBlockGrads(like.new_empty(0), *none)

@@ -1,4 +1,4 @@
-"""The pools of a DenseNet, in 1, 2 or 3 dimensions; a sequence is pooled as an image of one row."""
+"""The pools of a DenseNet, in 1, 2 or 3 dimensions, over channels-last memory."""
 
 from __future__ import annotations
 
@@ -11,19 +11,31 @@ def avg_pool(z: Tensor) -> Tensor:
     """The average pool of 2, as a transition's."""
     if z.dim() == 3:
         return F.avg_pool2d(z.unsqueeze(2), (1, 2)).squeeze(2)
-    return F.avg_pool2d(z, 2) if z.dim() == 4 else F.avg_pool3d(z, 2)
+    if z.dim() == 4:
+        return F.avg_pool2d(z, 2)
+    pooled = F.avg_pool2d(_slices(z), 2)  # PyTorch's pool of volumes knows no channels-last memory
+    return pooled.movedim(1, -1).view(len(z), -1, 2, *pooled.shape[2:], z.shape[1]).mean(2).movedim(-1, 1)
 
 
 def avg_pool_backward(dout: Tensor, z: Tensor) -> Tensor:
-    """dz from the gradient of :func:`avg_pool`."""
+    """dz from the gradient of :func:`avg_pool`, dense in channels-last memory."""
     if z.dim() == 3:
         return _avg_pool_backward(dout.unsqueeze(2), z.unsqueeze(2), [1, 2]).squeeze(2)
-    return _avg_pool_backward(dout, z, [2] * (z.dim() - 2))
+    if z.dim() == 4:
+        return _avg_pool_backward(dout, z, [2, 2])
+    dpooled = (dout / 2).movedim(1, -1).repeat_interleave(2, 1).flatten(0, 1).movedim(-1, 1)
+    slices = _avg_pool_backward(dpooled, _slices(z), [2, 2])
+    dz = slices.movedim(1, -1).unflatten(0, (len(z), -1)).movedim(-1, 1)
+    return F.pad(dz, (0, 0, 0, 0, 0, 1)) if z.shape[2] % 2 else dz
+
+
+def _slices(z: Tensor) -> Tensor:
+    """[N, C, D, H, W] as images [N * D, C, H, W], without the last of an odd number."""
+    return z[:, :, : z.shape[2] // 2 * 2].movedim(1, -1).flatten(0, 1).movedim(-1, 1)
 
 
 def _avg_pool_backward(dout: Tensor, z: Tensor, size: list[int]) -> Tensor:
-    backward = torch.ops.aten.avg_pool2d_backward if z.dim() == 4 else torch.ops.aten.avg_pool3d_backward
-    return backward(dout, z, size, size, [0] * len(size), False, True, None)
+    return torch.ops.aten.avg_pool2d_backward(dout, z, size, size, [0, 0], False, True, None)
 
 
 def max_pool(z: Tensor) -> tuple[Tensor, Tensor]:
