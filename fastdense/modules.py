@@ -86,10 +86,11 @@ class FusedBlock(nn.Module):
             return super().forward(x), None  # type: ignore[misc]  # of the class that this one goes before
         layers = self._gather(modules, x, channels_last)
         dtype = _conv_dtype(x, layers.conv1_weight[0])
-        needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         uses_batch = any(layers.norm1_batch_stats) or any(layers.norm2_batch_stats)
         count = _count(x, layers.group) if uses_batch else 0
         biases = [cast(Tensor, layer.conv1.bias) for layer in modules if layer.conv1.bias is not None]
+        tensors = itertools.chain([x], biases, *layers[:10])
+        needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         first = 0  # channel of the features in the buffer
         channels = x.shape[1]
         if self._layout.new_first:
@@ -161,9 +162,9 @@ class FusedBlock(nn.Module):
                 growth_mask.append(_dropout_mask(x, layer.growth_conv, layer, channels_last))
         return DenseLayers(
             *_norm_lists(norms1, x),
-            [cast(Tensor, layer.conv1._parameters["weight"]) for layer in layers],
+            [_parameter(layer.conv1, "weight") for layer in layers],
             *_norm_lists(norms2, x),
-            [cast(Tensor, layer.conv2._parameters["weight"]) for layer in layers if layer.conv2 is not None],
+            [_parameter(layer.conv2, "weight") for layer in layers if layer.conv2 is not None],
             bottleneck_mask,
             growth_mask,
             batch1,
@@ -618,11 +619,17 @@ def _groups(norms: Sequence[BatchNorm]) -> set[str]:
 
 
 def _affine(norm: BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+    weight, bias = _parameter(norm, "weight"), _parameter(norm, "bias")
     return (
         x.new_ones(norm.num_features) if weight is None else weight,
         x.new_zeros(norm.num_features) if bias is None else bias,
     )
+
+
+def _parameter(module: nn.Module, name: str) -> Any:
+    """By the dict, which is quick; the replicas that ``DataParallel`` makes of a module have it empty."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def _norm_lists(norms: list[BatchNorm], x: Tensor) -> tuple[list[Tensor], ...]:

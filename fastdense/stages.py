@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.nn.modules.pooling import _MaxPoolNd
 
 from .modules import (
     BatchNorm,
@@ -16,8 +17,6 @@ from .modules import (
     is_channels_last,
     stem_tail,
 )
-
-_MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
 
 class FastSequential(nn.Sequential):
@@ -43,12 +42,12 @@ def through(
         if isinstance(stage, BatchNorm) and not stages:
             return x, stats, stage
         following = [module for _, module in stages[:2]]
-        kinds = [type(module) for module in following]
-        if isinstance(stage, BatchNorm) and kinds[:1] == [nn.ReLU] and kinds[-1] in _MAX_POOLS:
+        pools = [isinstance(module, _MaxPoolNd) for module in following]
+        if isinstance(stage, BatchNorm) and type(following[0]) is nn.ReLU and pools == [False, True]:
             (relu, pool), (name, _) = following, stages[1]
             del stages[:2]
             x, stats = stem_tail(stage, relu, pool, x), None
-        elif isinstance(stage, BatchNorm) and carries_relu(stage) and kinds and kinds[0] in _MAX_POOLS:
+        elif isinstance(stage, BatchNorm) and carries_relu(stage) and pools[:1] == [True]:
             name, pool = stages.pop(0)
             x, stats = stem_tail(stage, None, pool, x), None
         elif isinstance(stage, FusedBlock) and not hooked(stage):

@@ -8,7 +8,9 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,24 +86,26 @@ def test_lower_precision(source: Source, mode: str, dtype: torch.dtype, clear_re
     assert_parity(fast, stock, inputs, dtype=dtype, autocast=dtype == torch.bfloat16)
 
 
-@pytest.mark.parametrize(
-    ("package", "arch"),
-    [
-        ("timm", "densenet121"),
-        ("timm", "densenet161"),
-        ("timm", "densenet169"),
-        ("timm", "densenetblur121d"),
-        ("monai", "densenet121"),
-        ("monai", "densenet264"),
-    ],
-)
-def test_constructors_of_the_libraries(package: str, arch: str, assert_parity) -> None:
+CONSTRUCTORS = {
+    "timm densenet121": ("timm", lambda timm: timm.create_model("densenet121")),
+    "timm densenet161": ("timm", lambda timm: timm.create_model("densenet161")),
+    "timm densenet169": ("timm", lambda timm: timm.create_model("densenet169")),
+    "timm densenetblur121d": ("timm", lambda timm: timm.create_model("densenetblur121d")),
+    "MONAI DenseNet121": ("monai.networks.nets", lambda nets: nets.DenseNet121(2, 3, 1000)),
+    "MONAI DenseNet264": ("monai.networks.nets", lambda nets: nets.DenseNet264(2, 3, 1000)),
+    "torchxrayvision": ("torchxrayvision", lambda xrv: xrv.models.DenseNet(in_channels=3)),
+    "segmentation_models_pytorch densenet169": (
+        "segmentation_models_pytorch",
+        lambda smp: smp.Unet("densenet169", encoder_weights=None, decoder_channels=(64, 32, 16, 16, 8)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("package", "make"), CONSTRUCTORS.values(), ids=CONSTRUCTORS)
+def test_constructors_of_the_libraries(package: str, make: Callable[[Any], nn.Module], assert_parity) -> None:
     library = pytest.importorskip(package, reason=f"needs {package}")
     torch.manual_seed(0)
-    if package == "timm":
-        stock = library.create_model(arch)
-    else:
-        stock = getattr(library.networks.nets, arch)(spatial_dims=2, in_channels=3, out_channels=1000)
+    stock = make(library)
     fast = fastdense.convert(stock.eval())
     assert len(blocks(fast)) == 4
     assert sum(isinstance(module, FusedTransition) for module in fast.modules()) == 3
