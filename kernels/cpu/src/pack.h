@@ -125,9 +125,9 @@ inline Weight transposed(const Weight& w) {
 
 // A weight packed by all threads.
 template <class Word>
-const float* pack_in_parallel(const Weight& weight, const Team& team, Buffer& memory) {
+const void* pack_in_parallel(const Weight& weight, const Team& team, Buffer& memory) {
   const Packer<Word> packer(weight);
-  float* const packed = memory.get<float>(packer.bytes() / sizeof(float));
+  void* const packed = memory.get<char>(packer.bytes());
   const int64_t columns = round_up(weight.out, Isa::kLanes);
   team.run(ceil_div(columns, Isa::kPanel), [&](int64_t begin, int64_t end) {
     packer.pack(packed, begin * Isa::kPanel, std::min(columns, end * Isa::kPanel));
