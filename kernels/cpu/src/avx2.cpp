@@ -17,6 +17,8 @@ struct Isa {
   template <class Word>
   static constexpr int kAlign = 8;     // channels are padded to a multiple of it
   template <class Word>
+  static constexpr int kTrainingAlign = 8;  // the same in training
+  template <class Word>
   static constexpr int kDepth = 4;      // pixels that are summed over are padded to a multiple of it
   static constexpr int kRowBlock = 1;  // rows of a product are padded to a multiple of it, with anything
   static constexpr int kStrip = 48;    // pixels whose prologue is made at once

@@ -7,6 +7,8 @@ struct Avx512BFloat16 : Avx512 {
   template <class Word>
   static constexpr int kAlign = std::is_same_v<Word, BFloat16Word> ? 32 : 16;  // a vector, or a tile's row, of pairs
   template <class Word>
+  static constexpr int kTrainingAlign = 16;  // where no prologue takes a vector of pairs
+  template <class Word>
   static constexpr int kDepth = std::is_same_v<Word, BFloat16Word> ? 8 : 4;
 
   using Avx512::broadcast_word;
@@ -44,7 +46,7 @@ struct Avx512BFloat16 : Avx512 {
   // 16 columns of `count` rows, `stride` apart, as 16 rows of 32, `to_stride` apart, with zeros at their ends.
   static constexpr int kTransposed = 32;
   static void transpose(const BFloat16* from, int64_t stride, int64_t count, BFloat16* to, int64_t to_stride) {
-    __m512i r[16], t[16];
+    __m512i r[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) {  // words of two rows
       static constexpr BFloat16 zeros[16] = {};
@@ -54,6 +56,13 @@ struct Avx512BFloat16 : Avx512 {
       };
       r[i] = _mm512_or_si512(row(2 * i), _mm512_slli_epi32(row(2 * i + 1), 16));
     }
+    transpose_words(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, r[i]);
+  }
+
+  static void transpose_words(__m512i (&r)[16]) {
+    __m512i t[16];
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
       t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
@@ -75,11 +84,22 @@ struct Avx512BFloat16 : Avx512 {
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const auto put = [&](int row, __m512i v) { _mm512_storeu_si512(to + row * to_stride, v); };
-      put(i, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-      put(i + 4, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
-      put(i + 8, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
-      put(i + 12, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
+      r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+      r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+      r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+      r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
     }
+  }
+
+  // 16 rows of 32 channels, as words: to[pair of channels][row] of the first pairs. row(i, c) are 16 channels.
+  template <class Row>
+  static void store_transposed(BFloat16* to, int64_t to_stride, int64_t pairs, const Row& row) {
+    __m512i r[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = (__m512i)_mm512_cvtne2ps_pbh(row(i, 16), row(i, 0));
+    transpose_words(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+      if (i < pairs) _mm512_storeu_si512(to + i * to_stride, r[i]);
   }
 };

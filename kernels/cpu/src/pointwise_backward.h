@@ -75,7 +75,8 @@ void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
   constexpr int64_t e = Word::kElements;
   const Team team{parallel_for, p.threads};
   const int64_t height = p.height / 2, width = p.width / 2, pixels = p.images * height * width;
-  const int64_t c = p.channels, columns = round_up(c, Isa::kLanes), k = p.out_channels, k_padded = padded<Word>(k);
+  const int64_t c = p.channels, columns = round_up(c, Isa::kLanes), k = p.out_channels;
+  const int64_t k_padded = round_up(k, Isa::template kTrainingAlign<Word>);
   const int64_t strips = team.pieces(pixels, kGradientStrip<Word>);
   const auto* const x = static_cast<const Store*>(p.x);
   const auto* const grad_out = static_cast<const Round*>(p.grad_out);

@@ -54,6 +54,7 @@ class Windows {
 template <class Store, class Round, class Word>
 class TrainingBlock {
   using Element = typename Word::Element;
+  using Gradient = std::conditional_t<std::is_same_v<Store, BFloat16>, BFloat16, float>;  // float16 may overflow
   using Place = Windows::Place;
   static constexpr int64_t kStrip = Isa::kStrip;      // pixels of a forward's strip
   static constexpr int64_t kTiles = 2 * Isa::kRows;  // Winograd's tiles that are transformed at once
@@ -65,11 +66,12 @@ class TrainingBlock {
         pixels_(args.images * args.height * args.width),
         channels_(args.input_channels + args.layers * args.growth_rate),
         hidden_(args.bottleneck_channels),
-        hidden_padded_(padded<Word>(hidden_)),
+        hidden_padded_(padded(hidden_)),
         hidden_columns_(round_up(hidden_, Isa::kLanes)),
-        growth_padded_(padded<Word>(args.growth_rate)),
+        growth_padded_(padded(args.growth_rate)),
         growth_columns_(round_up(args.growth_rate, Isa::kLanes)),
         x_(static_cast<Store*>(args.out)),
+        grad_(static_cast<Gradient*>(args.grad)),
         windows_(args.images, args.height, args.width, args.threads),
         shares_statistics_(std::any_of(args.layer, args.layer + args.layers,
                                        [](const TrainingLayer& layer) { return layer.batch1 != 0; })) {}
@@ -80,7 +82,7 @@ class TrainingBlock {
     for (int64_t i = 0; i < p_.layers; ++i) {
       const TrainingLayer& layer = p_.layer[i];
       const int64_t c = channels(i);
-      norm1_.set(layer.norm1, c, padded<Word>(c));
+      norm1_.set(layer.norm1, c, padded(c));
       if (hidden_ > 0) {
         make_bottleneck(i, layer.batch2 != 0);
         norm2_.set(layer.norm2, hidden_, hidden_padded_);
@@ -92,13 +94,13 @@ class TrainingBlock {
   }
 
   void backward() {
-    prefer_huge_pages(p_.grad, pixels_ * channels_ * sizeof(float));
+    prefer_huge_pages(grad_, pixels_ * channels_ * sizeof(Gradient));
     through_.assign(2 * round_up(channels_, Isa::kLanes), 0.f);
     for (int64_t i = p_.layers; i-- > p_.first_layer;) {
       const TrainingLayer& layer = p_.layer[i];
-      arriving_ = i == p_.layers - 1 ? p_.grad_out : p_.grad;
+      arriving_ = i == p_.layers - 1 ? static_cast<const Gradient*>(p_.grad_out) : grad_;
       add_up_through(channels(i), p_.growth_rate);
-      norm1_.set(layer.norm1, channels(i), padded<Word>(channels(i)));
+      norm1_.set(layer.norm1, channels(i), padded(channels(i)));
       if (hidden_ > 0) {
         if (!p_.keeps_bottlenecks) make_bottleneck(i, false);
         norm2_.set(layer.norm2, hidden_, hidden_padded_);
@@ -110,13 +112,16 @@ class TrainingBlock {
         shrink(i, x_, channels_, channels(i), norm1_);
       }
     }
-    arriving_ = p_.grad;
+    arriving_ = grad_;
     if (p_.dx == nullptr) return;
     add_up_through(0, p_.input_channels);
     make_dx();
   }
 
  private:
+  // Channels, as a multiply takes them.
+  static int64_t padded(int64_t channels) { return round_up(channels, Isa::template kTrainingAlign<Word>); }
+
   int64_t channels(int64_t layer) const { return p_.input_channels + layer * p_.growth_rate; }
 
   // -- forward --------------------------------------------------------------------------------------------------
@@ -152,7 +157,7 @@ class TrainingBlock {
         const int64_t first = pixels_ * strip / strips, rows = pixels_ * (strip + 1) / strips - first;
         const Store* const x = x_ + first * channels_;
         float* const product = multiply_strip<Word>(
-            rows, padded<Word>(c), hidden_columns_, w, [&](int64_t row, int64_t start, int64_t depth, Element* z) {
+            rows, padded(c), hidden_columns_, w, [&](int64_t row, int64_t start, int64_t depth, Element* z) {
               affine_relu_row(x + row * channels_ + start, norm1_.from(start), std::min(depth, c - start), depth, z);
             });
         for (int64_t row = 0; row < rows; ++row) {
@@ -177,7 +182,7 @@ class TrainingBlock {
       [[maybe_unused]] const typename Isa::Session session;
       for (int64_t n = begin; n < end; ++n) {
         const Place place = windows_[n];
-        const Window<Word> window = padded_window(place, padded<Word>(c));
+        const Window<Word> window = padded_window(place, padded(c));
         const Element* const u = make_u(place, window, source, stride, c, norm);
         convolve_in_parts(window, u, w, growth_columns_, [&](int64_t image, int64_t row, float* values) {
           const int64_t first = pixel(place, image, row);
@@ -210,7 +215,7 @@ class TrainingBlock {
   template <class Source>
   void shrink(int64_t i, const Source* source, int64_t stride, int64_t c, const Normalization& norm) {
     const TrainingLayer& layer = p_.layer[i];
-    const int64_t c_padded = padded<Word>(c), columns = round_up(c, Isa::kLanes);
+    const int64_t c_padded = padded(c), columns = round_up(c, Isa::kLanes);
     const bool wants_weight = layer.conv3_weight != nullptr;
     const void* const w = pack_in_parallel<Word>(transposed(layer.conv3), team_, packed_);
     if (hidden_ > 0) da_ = da_memory_.get<Element>(pixels_ * hidden_columns_);
@@ -269,14 +274,14 @@ class TrainingBlock {
     return [this, &norm, first](int64_t at, int64_t channel, Vector da, int64_t exist) {
       const int64_t element = (first + at) * channels_ + channel;
       const Vector g = load_up_to(arriving_ + element, exist);
-      store_up_to(p_.grad + element, Isa::multiply_add(da, Isa::load(norm.scale + channel), g), exist);
+      store_up_to(grad_ + element, Isa::multiply_add(da, Isa::load(norm.scale + channel), g), exist);
     };
   }
 
   // The 1x1 of a layer backwards, from da of its bottleneck to G, in one pass over X; its gradient and norm1's.
   void undo_bottleneck(int64_t i) {
     const TrainingLayer& layer = p_.layer[i];
-    const int64_t c = channels(i), c_padded = padded<Word>(c), columns = round_up(c, Isa::kLanes);
+    const int64_t c = channels(i), c_padded = padded(c), columns = round_up(c, Isa::kLanes);
     const bool wants_weight = layer.conv1_weight != nullptr;
     const void* const w = pack_in_parallel<Word>(transposed(layer.conv1), team_, packed_);
     sums_.begin(team_.threads, 2 * c_padded);
@@ -323,7 +328,7 @@ class TrainingBlock {
             const Vector value = load_up_to(x_ + element, exist), g = load_up_to(arriving_ + element, exist);
             activated[i] = norm1_(value, channel);
             const Vector da = Isa::where_positive(activated[i], Isa::load(dz + (row + i) * width + v));
-            store_up_to(p_.grad + element, Isa::multiply_add(da, scale, g), exist);
+            store_up_to(grad_ + element, Isa::multiply_add(da, scale, g), exist);
             sum1 = Isa::add(sum1, da);
             sum2 = Isa::multiply_add(da, Isa::sub(value, mean), sum2);
           }
@@ -394,7 +399,7 @@ class TrainingBlock {
   void add_conv3_gradient(const Place& place, const Window<Word>& dy_window, const Element* dy, const Source* source,
                           int64_t stride, int64_t c, const Normalization& norm, float* sum) const {
     if constexpr (kIsWinograd<Word>) {
-      const Window<Word> window = padded_window(place, padded<Word>(c));
+      const Window<Word> window = padded_window(place, padded(c));
       add_weight_gradient(window, make_u(place, window, source, stride, c, norm), dy_window, dy, sum);
     } else {
       add_weight_gradient<Word>(
@@ -537,6 +542,7 @@ class TrainingBlock {
   const int64_t pixels_, channels_, hidden_;
   const int64_t hidden_padded_, hidden_columns_, growth_padded_, growth_columns_;  // as inputs, and as outputs, of a multiply
   Store* const x_;
+  Gradient* const grad_;
   const Windows windows_;
   const bool shares_statistics_;
   Normalization norm1_, norm2_;
@@ -545,7 +551,7 @@ class TrainingBlock {
   Sums<float> weight_sums_;
   Buffer packed_, da_memory_;
   Element* da_ = nullptr;              // of the bottleneck, rounded where multiplies are
-  const float* arriving_ = nullptr;    // what G holds so far: at first, the gradient of X
+  const Gradient* arriving_ = nullptr;    // what G holds so far: at first, the gradient of X
   std::vector<float> through_;         // P and Q
   std::vector<float> own_through_;  // p and q of the norm at hand
 };
