@@ -21,7 +21,7 @@ struct Isa : Avx512BFloat16 {
   template <class Word>
   static constexpr int kTrainingAlign = kAlign<Word>;
   template <class Word>
-  static constexpr int kDepth = std::is_same_v<Word, BFloat16Word> ? 32 : 4;
+  static constexpr int kPixels = std::is_same_v<Word, BFloat16Word> ? 32 : 4;
 
   // Eight tiles of 16 rows of 64 bytes. oneDNN shares these threads, so they are set at each use. A constant: to GCC,
   // the instruction reads its first eight bytes alone, and it would drop the writes of the others.

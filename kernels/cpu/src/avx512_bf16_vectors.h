@@ -9,7 +9,7 @@ struct Avx512BFloat16 : Avx512 {
   template <class Word>
   static constexpr int kTrainingAlign = 16;  // where no prologue takes a vector of pairs
   template <class Word>
-  static constexpr int kDepth = std::is_same_v<Word, BFloat16Word> ? 8 : 4;
+  static constexpr int kPixels = std::is_same_v<Word, BFloat16Word> ? 8 : 4;
 
   using Avx512::broadcast_word;
   using Avx512::load_words;

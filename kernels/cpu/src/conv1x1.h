@@ -79,11 +79,11 @@ void undo_multiply(typename Word::Element* dy, int64_t rows, int64_t out, int64_
   using Element = typename Word::Element;
   constexpr int64_t e = Word::kElements;
   constexpr int64_t kStride = kGradientStrip<Word> + 48;  // no power of two: rows would fall into few cache sets
-  const int64_t depth = round_up(rows, I::template kDepth<Word>) / e;
+  const int64_t depth = round_up(rows, I::template kPixels<Word>) / e;
   Scratch& scratch = Scratch::of_this_thread();
   Element* const z = scratch.z.get<Element>(kGradientStrip<Word> * kGradientChunk);
   float* const dz = scratch.product.get<float>(kGradientStrip<Word> * kGradientChunk);
-  Element* const transposed = scratch.gradient.get<Element>(k * kStride);
+  Element* const transposed = scratch.gradient.get<Element>(e == 2 ? k * kStride : 0);
   if (weight_sum != nullptr) {
     if constexpr (e == 2)
       for (int64_t row = 0; row < rows; row += I::kTransposed)

@@ -241,12 +241,12 @@ void add_weight_gradient(const Window<Word>& dy_window, const typename Word::Ele
   using Element = typename Word::Element;
   constexpr int64_t e = Word::kElements;
   const PixelGrid grid{dy_window.images, dy_window.height, dy_window.width};
-  const int64_t pitch = grid.pitch(), depth = round_up(grid.size(), I::template kDepth<Word>);
+  const int64_t pitch = grid.pitch(), depth = round_up(grid.size(), I::template kPixels<Word>);
   Scratch& scratch = Scratch::of_this_thread();
 
   // dy's channels, a zero before each and zeros behind.
   const int64_t rows = round_up(out, std::max<int64_t>(I::kLanes, I::kRowBlock));
-  const int64_t stride = round_up(depth + I::kTransposed, 64) + 32;  // no power of two: rows would fall into few cache sets
+  const int64_t stride = round_up(depth + I::kTransposed, 64) + 32;  // no power of two, for the cache's sets
   Element* const transposed = scratch.gradient.template get<Element>(rows * stride);
   std::memset(static_cast<void*>(transposed), 0, rows * stride * sizeof(Element));
   for (int64_t image = 0; image < grid.images; ++image)

@@ -540,7 +540,7 @@ class TrainingBlock {
   const TrainingArgs& p_;
   const Team team_;
   const int64_t pixels_, channels_, hidden_;
-  const int64_t hidden_padded_, hidden_columns_, growth_padded_, growth_columns_;  // as inputs, and as outputs, of a multiply
+  const int64_t hidden_padded_, hidden_columns_, growth_padded_, growth_columns_;  // as a multiply takes and makes them
   Store* const x_;
   Gradient* const grad_;
   const Windows windows_;
