@@ -242,7 +242,7 @@ def test_what_is_not_finite_stays_where_it_was(kernels, precision, value, growth
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("growth_rate", [5, 32])
 def test_a_gradient_that_is_not_finite_stays_where_it_was(kernels, precision, growth_rate, twins, randn):
-    """The gradient of one pixel of the last layer: with running statistics, as far as its 3x3 convolution carries it."""
+    """That of one pixel of the new features: with running statistics, as far as the 3x3 convolution carries it."""
     dtype = PRECISIONS[precision]["dtype"]
     pair = twins("block", num_layers=1, num_input_features=20, growth_rate=growth_rate)
     found, expected = (randn(2, 20, 11, 13, dtype=dtype).requires_grad_() for _ in pair)
@@ -283,9 +283,7 @@ def test_same_bits_for_any_batch_and_threads(compiled, threads, precision, twins
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_training_repeats_its_bits(
-    kernels, threads, count, precision, twins, randn, clear_relus, assert_within_budget
-):
+def test_training_repeats_its_bits(kernels, threads, count, precision, twins, randn, clear_relus, assert_within_budget):
     """For a number of threads: gradients are added up over the threads' shares of a batch, in their order."""
     net, stock = twins("net", block_config=(2, 3), num_classes=7)
     x = randn(5, 3, 70, 61)
