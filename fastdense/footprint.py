@@ -230,14 +230,17 @@ def _scratch_of_block(backend: str, op: str, args: Any, kwargs: Any) -> int:
         return temporaries * chunk + again + casts + 4 * pixels * (channels + 2 * width)  # G; da, dh
     if inference:
         return 0
-    packed = 4 * max(largest, 25 * largest3x3 // 9)  # Winograd's form beside the plain one
+    narrow = gemm_dtype(kwargs["dtype"], x.device) == torch.bfloat16
+    word, forms, places = (2, 9, 9) if narrow else (4, 25, 16)  # in floats Winograd's form beside the plain one
+    packed = word * max(largest, forms * largest3x3 // 9)
     if not backward:
         segments = min(128, pixels // 64)
         return again + packed + 16 * segments * max(channels, width)
-    sums = 4 * torch.get_num_threads() * max(largest, 16 * largest3x3 // 9)
+    sums = 4 * torch.get_num_threads() * max(largest, places * largest3x3 // 9)
     turned = 4 * sum(weight.numel() for weight in conv2 or conv1)  # gradients, to the weights' layout
-    widened = 4 * pixels * channels if args[0].element_size() < 4 else 0  # the incoming gradient
-    return again + packed + sums + turned + widened + 4 * pixels * (channels + width)  # G; da
+    gradient = 2 if x.dtype == torch.bfloat16 else 4
+    widened = gradient * pixels * channels if args[0].element_size() < gradient else 0  # the incoming gradient
+    return again + packed + sums + turned + widened + pixels * (gradient * channels + word * width)  # G; da
 
 
 def _chunk(shape: Any) -> int:

@@ -105,8 +105,8 @@ def train(request) -> bool:
     return request.param
 
 
-MODES = {  # in training each narrow dtype once, as all multiplies are in floats
-    **{f"train-{precision}": (True, precision) for precision in ("fp32", "bf16", "autocast fp16")},
+MODES = {  # in training float16 once, as its multiplies are in floats
+    **{f"train-{precision}": (True, precision) for precision in ("fp32", "bf16", "autocast bf16", "autocast fp16")},
     **{f"eval-{precision}": (False, precision) for precision in PRECISIONS},
 }
 every_mode = pytest.mark.parametrize(("train", "precision"), MODES.values(), ids=MODES, indirect=["train"])
@@ -191,8 +191,9 @@ LAYER_OPTIONS = {
 
 
 @pytest.mark.parametrize("frozen", [None, "norm1", "norm2", "denselayer2"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast bf16"])
 @pytest.mark.parametrize("options", LAYER_OPTIONS)
-def test_training_options(kernels, options, frozen, twins, randn, assert_parity):
+def test_training_options(kernels, options, precision, frozen, twins, randn, assert_parity):
     """Dropout, recomputation, and norms of which some use running statistics."""
     pair = twins("block", num_layers=3, num_input_features=10, growth_rate=6, **LAYER_OPTIONS[options])
     for module in pair:
@@ -200,14 +201,16 @@ def test_training_options(kernels, options, frozen, twins, randn, assert_parity)
             if frozen is not None and frozen in name and isinstance(norm, nn.BatchNorm2d):
                 norm.eval()
     inputs = [randn(3, 10, 9, 11, seed=seed) for seed in range(5)]
-    assert_parity(*pair, inputs, dtype=torch.float32)
+    assert_parity(*pair, inputs, **PRECISIONS[precision], memory_formats=[torch.channels_last])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("wanted", ["x", "denselayer1.conv1", "denselayer2.norm2", "denselayer3.conv2", "conv"])
-def test_only_the_gradients_that_are_wanted(kernels, wanted, twins, randn):
+def test_only_the_gradients_that_are_wanted(kernels, wanted, precision, twins, randn):
     """The same bits as when all are made."""
-    fast, _ = twins("block", num_layers=3, num_input_features=10, growth_rate=6)
-    x, grad = randn(2, 10, 7, 9).requires_grad_(), randn(2, 28, 7, 9, seed=1)
+    dtype = PRECISIONS[precision]["dtype"]
+    fast = twins("block", num_layers=3, num_input_features=10, growth_rate=6)[0].to(dtype)
+    x, grad = randn(2, 10, 7, 9, dtype=dtype).requires_grad_(), randn(2, 28, 7, 9, seed=1, dtype=dtype)
     fast(x).backward(grad)
     every = {"x": x.grad, **{name: p.grad for name, p in fast.named_parameters()}}
     named = {"x": x, **dict(fast.named_parameters())}
@@ -234,6 +237,21 @@ def test_what_is_not_finite_stays_where_it_was(kernels, precision, value, growth
     assert not expected.isfinite().all()
     for same in (torch.isnan, torch.isposinf, torch.isneginf):
         assert torch.equal(same(found), same(expected))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("growth_rate", [5, 32])
+def test_a_gradient_that_is_not_finite_stays_where_it_was(kernels, precision, growth_rate, twins, randn):
+    """That of one pixel of the new features: with running statistics, as far as the 3x3 convolution carries it."""
+    dtype = PRECISIONS[precision]["dtype"]
+    pair = twins("block", num_layers=1, num_input_features=20, growth_rate=growth_rate)
+    found, expected = (randn(2, 20, 11, 13, dtype=dtype).requires_grad_() for _ in pair)
+    grad = randn(2, 20 + growth_rate, 11, 13, seed=1, dtype=dtype)
+    grad[1, 22, 4, 5] = float("nan")
+    for module, x in zip(pair, (found, expected), strict=True):
+        module.to(dtype).eval()(x).backward(grad)
+    assert 0 < expected.grad.isnan().sum() < expected.grad[1].numel() / 8
+    assert torch.equal(found.grad.isnan(), expected.grad.isnan())
 
 
 def test_values_near_overflow(kernels, twins):
@@ -263,24 +281,29 @@ def test_same_bits_for_any_batch_and_threads(compiled, threads, precision, twins
     assert all(torch.equal(features[0], other) for other in features[1:])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_training_repeats_its_bits(compiled, threads, count, twins, randn, clear_relus, assert_within_budget):
+def test_training_repeats_its_bits(kernels, threads, count, precision, twins, randn, clear_relus, assert_within_budget):
     """For a number of threads: gradients are added up over the threads' shares of a batch, in their order."""
     net, stock = twins("net", block_config=(2, 3), num_classes=7)
     x = randn(5, 3, 70, 61)
     clear_relus([net, stock], [x])
+    dtype = PRECISIONS[precision]["dtype"]
 
-    def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    def gradients(model: nn.Module, x: Tensor, narrow: bool = False) -> dict[str, Tensor]:
         model.zero_grad()
-        model(x).square().sum().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            out = model(x)
+        out.float().square().sum().backward()
         return {name: p.grad for name, p in model.named_parameters()}
 
-    stocks = gradients(stock, x)
+    narrow = dtype != torch.float32
+    stocks = gradients(stock, x, narrow)
     exact = gradients(copy.deepcopy(stock).double(), x.double())
     threads(count)
-    first, second = gradients(net, x), gradients(net, x)
+    first, second = gradients(net, x, narrow), gradients(net, x, narrow)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert_within_budget(first, stocks, exact, torch.float32)
+    assert_within_budget(first, stocks, exact, dtype)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded"])
@@ -406,9 +429,10 @@ from pathlib import Path
 from fastdense.kernels import cpu
 from fastdense.kernels.cpu import library
 shapes = [(1, 13, 5, 7), (2, 16, 1, 1), (3, 64, 9, 2), (5, 33, 7, 7), (1, 20, 15, 31)]
+dtypes = [(torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, None), (torch.float16, None)]
 for isa, found in library.offered(Path(sys.argv[1])).items():
     library.load = lambda: found
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype, autocast in dtypes:
         for n, c, h, w in shapes:
             for growth, bn_size in ((5, 3), (32, 4), (12, None)):
                 block = fastdense.FastDenseBlock(2, c, bn_size, growth, 0.1).to(dtype)
@@ -417,7 +441,7 @@ for isa, found in library.offered(Path(sys.argv[1])).items():
                 modules = [block, net] + ([fastdense.FastTransition(c, c // 2).to(dtype)] if h > 1 else [])
                 for module in modules:
                     x = torch.randn(n, c, h, w).to(dtype)
-                    with fastdense.use_backend("cpu"):
+                    with fastdense.use_backend("cpu"), torch.autocast("cpu", autocast, enabled=autocast is not None):
                         y = module.train()(x.requires_grad_())
                         y.backward(torch.randn_like(y))
                         with torch.inference_mode():

@@ -80,8 +80,9 @@ def dense_block_backward(
     """Gradients from that of X, for an input of ``x_dtype``. Bottlenecks that were not kept are made again."""
     n, channels, h, w = output.out.shape
     device, first_layer = output.out.device, needs.first_layer()
-    source = pixels(grad_out, torch.float32)
-    grad = torch.empty((n, h, w, channels), dtype=torch.float32, device=device)
+    grad_dtype = torch.bfloat16 if output.out.dtype == torch.bfloat16 else torch.float32
+    source = pixels(grad_out, grad_dtype)
+    grad = torch.empty((n, h, w, channels), dtype=grad_dtype, device=device)
     dx = torch.empty(0, dtype=x_dtype, device=device)
     if needs.x:
         dx = empty_channels_last((n, layers.input_channels, h, w), x_dtype, device)

@@ -93,8 +93,8 @@ struct TrainingArgs {
   float* var;
   float* bottleneck_mean;  // [L, B]
   float* bottleneck_var;
-  const float* grad_out;   // backward: the gradient of X, [M, C_L]
-  float* grad;             // backward: room for G, [M, C_L]
+  const void* grad_out;    // backward: the gradient of X, [M, C_L], of bfloat16 where X is, else of floats
+  void* grad;              // backward: room for G, the same
   void* dx;         // backward: that of x, of `dx_dtype`; null where it is not wanted
   int64_t first_layer;     // backward: the lowest layer that is wanted
   double keep_scale;       // what dropout multiplies kept values by

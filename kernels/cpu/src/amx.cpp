@@ -18,6 +18,10 @@ struct Isa : Avx512BFloat16 {
   static constexpr int kRowBlock = 16;
   static constexpr int kStrip = 64;  // pixels; with fewer, B comes from L2 faster than it can
   static constexpr int kRun = 64;
+  template <class Word>
+  static constexpr int kTrainingAlign = kAlign<Word>;
+  template <class Word>
+  static constexpr int kPixels = std::is_same_v<Word, BFloat16Word> ? 32 : 4;
 
   // Eight tiles of 16 rows of 64 bytes. oneDNN shares these threads, so they are set at each use. A constant: to GCC,
   // the instruction reads its first eight bytes alone, and it would drop the writes of the others.

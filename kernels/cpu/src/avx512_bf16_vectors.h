@@ -6,13 +6,21 @@ struct Avx512BFloat16 : Avx512 {
   static constexpr bool kHasBFloat16 = true;
   template <class Word>
   static constexpr int kAlign = std::is_same_v<Word, BFloat16Word> ? 32 : 16;  // a vector, or a tile's row, of pairs
+  template <class Word>
+  static constexpr int kTrainingAlign = 16;  // where no prologue takes a vector of pairs
+  template <class Word>
+  static constexpr int kPixels = std::is_same_v<Word, BFloat16Word> ? 8 : 4;
 
   using Avx512::broadcast_word;
   using Avx512::load_words;
   using Avx512::multiply_words;
   using Avx512::store;
   static __m512bh load_words(const BFloat16Word* p) { return (__m512bh)_mm512_load_si512(p); }
-  static __m512bh broadcast_word(const BFloat16Word* p) { return (__m512bh)_mm512_set1_epi32(p->pair); }
+  static __m512bh broadcast_word(const BFloat16Word* p) {  // on any even address
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof(pair));
+    return (__m512bh)_mm512_set1_epi32(pair);
+  }
   static Vector multiply_words(__m512bh a, __m512bh b, Vector c) { return _mm512_dpbf16_ps(c, a, b); }
   static void store(BFloat16* p, Vector v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
@@ -33,5 +41,65 @@ struct Avx512BFloat16 : Avx512 {
                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(high, low);
     _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(order), halves));
+  }
+
+  // 16 columns of `count` rows, `stride` apart, as 16 rows of 32, `to_stride` apart, with zeros at their ends.
+  static constexpr int kTransposed = 32;
+  static void transpose(const BFloat16* from, int64_t stride, int64_t count, BFloat16* to, int64_t to_stride) {
+    __m512i r[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {  // words of two rows
+      static constexpr BFloat16 zeros[16] = {};
+      const auto row = [&](int64_t at) {
+        const BFloat16* const p = at < count ? from + at * stride : zeros;
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+      };
+      r[i] = _mm512_or_si512(row(2 * i), _mm512_slli_epi32(row(2 * i + 1), 16));
+    }
+    transpose_words(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, r[i]);
+  }
+
+  static void transpose_words(__m512i (&r)[16]) {
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+      r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+      t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+      t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+      t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+      r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+      r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+      r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+  }
+
+  // 16 rows of 32 channels, as words: to[pair of channels][row] of the first pairs. row(i, c) are 16 channels.
+  template <class Row>
+  static void store_transposed(BFloat16* to, int64_t to_stride, int64_t pairs, const Row& row) {
+    __m512i r[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = (__m512i)_mm512_cvtne2ps_pbh(row(i, 16), row(i, 0));
+    transpose_words(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+      if (i < pairs) _mm512_storeu_si512(to + i * to_stride, r[i]);
   }
 };

@@ -35,58 +35,90 @@ float* multiply_strip(int64_t rows, int64_t k, int64_t columns, const void* pack
   return h;
 }
 
-// Rows of floats as the right side of a multiply over pixels: panels of `depth` rows, the last ones zeros.
-inline void make_panels(const float* x, int64_t rows, int64_t columns, float* panels, int64_t depth) {
-  for (int64_t panel = 0; panel < columns; panel += Isa::kPanel) {
-    const int64_t width = std::min<int64_t>(Isa::kPanel, columns - panel);
-    float* const target = panels + panel * depth;
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t v = 0; v < width; v += Isa::kLanes)
-        Isa::store(target + row * width + v, Isa::load(x + row * columns + panel + v));
-    std::memset(target + rows * width, 0, (depth - rows) * width * sizeof(float));
-  }
-}
+// Pixels as the right side of a weight's gradient, a sum over them: panels of channels, e pixels a word.
+template <class Word, class I = Isa>
+struct PixelPanels {
+  using Element = typename Word::Element;
+  static constexpr int64_t e = Word::kElements;
+  Element* data;
+  int64_t depth, columns;  // words, channels
 
+  // kLanes channels of e pixels.
+  void store(int64_t word, int64_t channel, const Vector (&z)[e]) const {
+    const int64_t panel = channel / I::kPanel * I::kPanel, width = std::min<int64_t>(I::kPanel, columns - panel);
+    Element* const target = data + (panel * depth + word * width + channel - panel) * e;
+    if constexpr (e == 2) I::store_pairs(target, z[0], z[1]);
+    else I::store(target, z[0]);
+  }
+
+  void clear(int64_t first, int64_t last) const {  // words
+    for (int64_t panel = 0; panel < columns; panel += I::kPanel) {
+      const int64_t width = std::min<int64_t>(I::kPanel, columns - panel);
+      std::memset(static_cast<void*>(data + (panel * depth + first * width) * e), 0,
+                  (last - first) * width * e * sizeof(Element));
+    }
+  }
+
+  Panels<Word> panels(int64_t start, int64_t k) const {
+    return {reinterpret_cast<const Word*>(data), depth, columns, start, k};
+  }
+};
+
+inline constexpr int64_t kGradientChunk = 4 * Isa::kPanel;  // of a strip's channels that undo_multiply hands out
+
+template <class Word>
 inline constexpr int64_t kGradientStrip = 2 * Isa::kStrip;  // pixels at most that undo_multiply takes
 
-// A 1x1 convolution of a strip backwards, from dy [rows, k]. Called for some of its c input channels, from `start`,
-// use(start, width, dz, z, z_stride) takes their gradient dz [rows, width] and writes the input itself to z, rows
-// z_stride apart; from that the weight's gradient is added to weight_sum [c, k], unless it is null.
-template <class Word, class Use>
-void undo_multiply(const float* dy, int64_t rows, int64_t k, const float* packed, int64_t c, float* weight_sum,
-                   const Use& use) {
-  constexpr int64_t kChunk = 4 * Isa::kPanel;
-  constexpr int64_t z_stride = kChunk + Isa::kLanes;  // no power of two: a column would fall into few sets of the cache
-  const int64_t depth = round_up(rows, 4);
+// A 1x1 convolution of a strip backwards, from dy [rows, k], of whose k channels `out` exist. Called for some of its
+// input channels, from `start`, use(start, width, dz, z) takes their gradient dz [rows, width] and writes the input
+// itself to z; from that the weight's gradient is added to weight_sum, unless it is null: [out, width] one after
+// another.
+template <class Word, class Use, class I = Isa>
+void undo_multiply(typename Word::Element* dy, int64_t rows, int64_t out, int64_t k, const void* packed,
+                   int64_t columns, float* weight_sum, const Use& use) {
+  using Element = typename Word::Element;
+  constexpr int64_t e = Word::kElements;
+  constexpr int64_t kStride = kGradientStrip<Word> + 48;  // no power of two: rows would fall into few cache sets
+  const int64_t depth = round_up(rows, I::template kPixels<Word>) / e;
   Scratch& scratch = Scratch::of_this_thread();
-  float* const z = scratch.z.get<float>(kGradientStrip * z_stride);
-  float* const dz = scratch.product.get<float>(kGradientStrip * kChunk);
-  float* const panels = scratch.gradient.get<float>(kGradientStrip * k);
-  if (weight_sum != nullptr) make_panels(dy, rows, k, panels, depth);
-  for (int64_t start = 0; start < c; start += kChunk) {
-    const int64_t width = std::min(kChunk, c - start);
-    gemm<Word>({reinterpret_cast<const Word*>(dy), k, rows},
-               {reinterpret_cast<const Word*>(packed + start * k), k, width, 0, k}, dz, false);
-    use(start, width, dz, z, z_stride);
+  Element* const z = scratch.z.get<Element>(kGradientStrip<Word> * kGradientChunk);
+  float* const dz = scratch.product.get<float>(kGradientStrip<Word> * kGradientChunk);
+  Element* const transposed = scratch.gradient.get<Element>(e == 2 ? k * kStride : 0);
+  if (weight_sum != nullptr) {
+    if constexpr (e == 2)
+      for (int64_t row = 0; row < rows; row += I::kTransposed)
+        for (int64_t v = 0; v < out; v += I::kLanes)
+          I::transpose(dy + row * k + v, k, rows - row, transposed + v * kStride + row, kStride);
+    else
+      std::memset(dy + rows * k, 0, (depth - rows) * k * sizeof(float));
+  }
+  for (int64_t start = 0; start < columns; start += kGradientChunk) {
+    const PixelPanels<Word> panels{z, depth, std::min(kGradientChunk, columns - start)};
+    gemm<Word>({reinterpret_cast<const Word*>(dy), k / e, rows},
+               {static_cast<const Word*>(packed) + start * (k / e), k / e, panels.columns, 0, k / e}, dz, false);
+    use(start, panels.columns, dz, panels);
     if (weight_sum == nullptr) continue;
-    for (int64_t row = rows; row < depth; ++row) std::memset(z + row * z_stride, 0, width * sizeof(float));
-    add_gemm<Word>({reinterpret_cast<const Word*>(z), z_stride, width},
-                   {reinterpret_cast<const Word*>(panels), depth, k, 0, depth}, weight_sum + start * k);
+    panels.clear(ceil_div(rows, e), depth);
+    float* const sum = weight_sum + start * round_up(out, I::kRowBlock);
+    if constexpr (e == 2)
+      gemm<Word>({reinterpret_cast<const Word*>(transposed), kStride / e, out}, panels.panels(0, depth), sum, true);
+    else
+      add_gemm<Word>({reinterpret_cast<const Word*>(dy), k, out}, panels.panels(0, depth), sum);
   }
 }
 
-// A 1x1's gradient [out, in], from the sums' [in, out_padded].
-inline void transpose_sums(const Sums<float>& sums, int64_t out_padded, int64_t out, int64_t in, const Team& team,
-                           float* gradient) {
-  team.run(ceil_div(in, Isa::kLanes), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * Isa::kLanes; i < std::min(in, end * Isa::kLanes); i += Isa::kLanes) {
-      const int64_t count = std::min<int64_t>(Isa::kLanes, in - i);
-      for (int64_t o = 0; o < out; o += Isa::kLanes) {
-        float block[Isa::kLanes][Isa::kLanes];
-        for (int64_t j = 0; j < count; ++j) Isa::store(block[j], sums.total((i + j) * out_padded + o));
-        for (int64_t lane = 0; lane < std::min<int64_t>(Isa::kLanes, out - o); ++lane)
-          for (int64_t j = 0; j < count; ++j) gradient[(o + lane) * in + i + j] = block[j][lane];
-      }
+// How many floats undo_multiply's weight_sum has.
+inline int64_t weight_sum_size(int64_t out, int64_t columns) { return round_up(out, Isa::kRowBlock) * columns; }
+
+// A 1x1's gradient [out, in] from undo_multiply's sums.
+inline void finish_conv1(const Sums<float>& sums, int64_t out, int64_t in, const Team& team, float* gradient) {
+  const int64_t columns = round_up(in, Isa::kLanes);
+  team.run(out, [&](int64_t begin, int64_t end) {
+    for (int64_t start = 0; start < in; start += kGradientChunk) {
+      const int64_t width = std::min(kGradientChunk, columns - start), first = start * round_up(out, Isa::kRowBlock);
+      for (int64_t o = begin; o < end; ++o)
+        for (int64_t v = 0; v < std::min(width, in - start); v += Isa::kLanes)
+          store_up_to(gradient + o * in + start + v, sums.total(first + o * width + v), in - start - v);
     }
   });
 }

@@ -223,3 +223,58 @@ inline void transform_weight_gradient(const Vector (&s)[4][4], Vector (&w)[3][3]
 #pragma GCC unroll 3
   for (int y = 0; y < 3; ++y) taps(t[y][0], t[y][1], t[y][2], t[y][3], w[y][0], w[y][1], w[y][2]);
 }
+
+// The pixels of a window as a weight's gradient sums over them tap by tap: row after row, with zeros between rows and
+// between images. A tap's neighbour is then a step away, and a word never spans two rows.
+struct PixelGrid {
+  int64_t images, height, width;
+  int64_t pitch() const { return round_up(width + 1, 2); }
+  int64_t at(int64_t image, int64_t y) const { return (image * (height + 1) + y) * pitch(); }
+  int64_t size() const { return at(images, -1); }
+};
+
+// Adds a window's part of the weight's gradient: [out, columns] for each of 9 taps. u(image, y, x, channel) are kLanes
+// of the `columns` channels of a pixel; its rows y, from -1 to the window's height, are zeros unless exists(y).
+template <class Word, class Exists, class U, class I = Isa>
+void add_weight_gradient(const Window<Word>& dy_window, const typename Word::Element* dy, int64_t out, int64_t columns,
+                         const Exists& exists, const U& u, float* sum) {
+  using Element = typename Word::Element;
+  constexpr int64_t e = Word::kElements;
+  const PixelGrid grid{dy_window.images, dy_window.height, dy_window.width};
+  const int64_t pitch = grid.pitch(), depth = round_up(grid.size(), I::template kPixels<Word>);
+  Scratch& scratch = Scratch::of_this_thread();
+
+  // dy's channels, a zero before each and zeros behind.
+  const int64_t rows = round_up(out, std::max<int64_t>(I::kLanes, I::kRowBlock));
+  const int64_t stride = round_up(depth + I::kTransposed, 64) + 32;  // no power of two, for the cache's sets
+  Element* const transposed = scratch.gradient.template get<Element>(rows * stride);
+  std::memset(static_cast<void*>(transposed), 0, rows * stride * sizeof(Element));
+  for (int64_t image = 0; image < grid.images; ++image)
+    for (int64_t y = 0; y < grid.height; ++y)
+      for (int64_t x = 0; x < grid.width; x += I::kTransposed)
+        for (int64_t v = 0; v < out; v += I::kLanes)
+          I::transpose(dy + dy_window.pixel(image, y, x) * dy_window.stride + v, dy_window.stride, grid.width - x,
+                       transposed + v * stride + 1 + grid.at(image, y) + x, stride);
+
+  const int64_t words = pitch + depth / e;
+  const PixelPanels<Word> panels{scratch.z.template get<Element>(words * e * columns), words, columns};
+  for (int64_t image = 0; image < grid.images; ++image)
+    for (int64_t y = -1; y <= grid.height; ++y) {
+      const int64_t first = grid.at(image, y + 1) / e;
+      if (!exists(y)) {
+        panels.clear(first, first + pitch / e);
+        continue;
+      }
+      for (int64_t x = 0; x < pitch; x += e)
+        for (int64_t v = 0; v < columns; v += I::kLanes) {
+          Vector z[e];
+          for (int64_t i = 0; i < e; ++i) z[i] = x + i < grid.width ? u(image, y, x + i, v) : I::zero();
+          panels.store(first + x / e, v, z);
+        }
+    }
+  panels.clear((grid.size() + 2 * pitch) / e, words);
+
+  for (int64_t tap = 0; tap < 9; ++tap)
+    gemm<Word>({reinterpret_cast<const Word*>(transposed + 2 - tap % 3), stride / e, out},
+               panels.panels(tap / 3 * pitch / e, depth / e), sum + tap * weight_sum_size(out, columns), true);
+}

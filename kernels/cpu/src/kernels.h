@@ -76,21 +76,21 @@ inline const Kernels* kernels() {
       },
       [](const TrainingArgs& p, ParallelFor parallel_for) {
         with_types(p.store, p.compute, [&](auto* store, auto* round) {
-          TrainingBlock<std::remove_pointer_t<decltype(store)>, std::remove_pointer_t<decltype(round)>>(p, parallel_for)
-              .forward();
+          using Round = std::remove_pointer_t<decltype(round)>;
+          TrainingBlock<std::remove_pointer_t<decltype(store)>, Round, WordFor<Round>>(p, parallel_for).forward();
         });
       },
       [](const TrainingArgs& p, ParallelFor parallel_for) {
         with_types(p.store, p.compute, [&](auto* store, auto* round) {
-          TrainingBlock<std::remove_pointer_t<decltype(store)>, std::remove_pointer_t<decltype(round)>>(p, parallel_for)
-              .backward();
+          using Round = std::remove_pointer_t<decltype(round)>;
+          TrainingBlock<std::remove_pointer_t<decltype(store)>, Round, WordFor<Round>>(p, parallel_for).backward();
         });
       },
       [](const PointwiseGradArgs& p, ParallelFor parallel_for) {
         with_element_type(p.store, [&](auto* store) {
           with_element_type(p.compute, [&](auto* round) {
-            transition_backward<std::remove_pointer_t<decltype(store)>, std::remove_pointer_t<decltype(round)>>(
-                p, parallel_for);
+            using Round = std::remove_pointer_t<decltype(round)>;
+            transition_backward<std::remove_pointer_t<decltype(store)>, Round, WordFor<Round>>(p, parallel_for);
           });
         });
       },

@@ -20,7 +20,11 @@ int64_t padded(int64_t channels) {
 }
 
 inline void convert(float from, float& to) { to = from; }
-inline void convert(float from, BFloat16& to) { Isa::store_part(&to, Isa::broadcast(from), 1); }
+inline void convert(float from, BFloat16& to) {  // to nearest even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &from, sizeof(bits));
+  to.bits = static_cast<uint16_t>((from != from ? 0x7fc00000u : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 template <class Half>
 void convert(Half from, float& to) {
   to = Isa::first_lane(Isa::load_part(&from, 1));
@@ -32,12 +36,12 @@ void convert(Half from, BFloat16& to) {
   convert(value, to);
 }
 
-template <class Word>
+template <class Word, int kAligned = Isa::template kAlign<Word>>
 class Packer {
   using Element = typename Word::Element;
 
  public:
-  explicit Packer(const Weight& w) : w_(w), in_(padded<Word>(w.in)), columns_(round_up(w.out, Isa::kLanes)) {}
+  explicit Packer(const Weight& w) : w_(w), in_(round_up(w.in, kAligned)), columns_(round_up(w.out, Isa::kLanes)) {}
 
   int64_t bytes() const {
     const int64_t taps = w_.size * w_.size, places = w_.size == 3 && kIsWinograd<Word> ? 16 : 0;
@@ -69,6 +73,9 @@ class Packer {
       const int64_t width = std::min<int64_t>(Isa::kPanel, columns_ - panel), count = std::min(width, w_.out - panel);
       const Source* const source = data + panel * w_.stride_out;
       Element* const target = matrix + panel * depth + x * in_ * width;
+      if constexpr (e == 2) {
+        if (pack_dense(source, count, width, target)) continue;
+      }
       for (int64_t i = 0; i < w_.in; ++i)
         for (int64_t o = 0; o < count; ++o)
           convert(source[o * w_.stride_out + i * w_.stride_in], target[(i / e * width + o) * e + i % e]);
@@ -76,6 +83,29 @@ class Packer {
         for (int64_t o = i < w_.in ? count : 0; o < width; ++o)
           std::memset(target + (i / e * width + o) * e + i % e, 0, sizeof(Element));
     }
+  }
+
+  // The same for inputs or outputs that are neighbours in memory, many at once. Whether they are.
+  template <class Source, class I = Isa>
+  bool pack_dense(const Source* source, int64_t count, int64_t width, BFloat16* target) const {
+    if (w_.stride_in == 1) {
+      for (int64_t i = 0; i < in_; i += 2 * I::kLanes)
+        for (int64_t o = 0; o < width; o += I::kLanes)
+          I::store_transposed(target + (i / 2 * width + o) * 2, 2 * width, (in_ - i) / 2, [&](int64_t row, int64_t c) {
+            const int64_t exist = o + row < count ? std::max<int64_t>(0, w_.in - i - c) : 0;
+            return exist > 0 ? load_up_to(source + (o + row) * w_.stride_out + i + c, exist) : Isa::zero();
+          });
+      return true;
+    }
+    if (w_.stride_out != 1) return false;
+    for (int64_t i = 0; i < in_; i += 2)
+      for (int64_t o = 0; o < width; o += I::kLanes) {
+        const auto row = [&](int64_t in) {
+          return in < w_.in ? load_up_to(source + in * w_.stride_in + o, count - o) : Isa::zero();
+        };
+        I::store_pairs(target + (i / 2 * width + o) * 2, row(i), row(i + 1));
+      }
+    return true;
   }
 
   // kLanes outputs at once.
@@ -123,11 +153,11 @@ inline Weight transposed(const Weight& w) {
           -w.stride_h, -w.stride_w, w.dtype};
 }
 
-// A weight packed by all threads.
+// A weight packed by all threads, for training.
 template <class Word>
-const float* pack_in_parallel(const Weight& weight, const Team& team, Buffer& memory) {
-  const Packer<Word> packer(weight);
-  float* const packed = memory.get<float>(packer.bytes() / sizeof(float));
+const void* pack_in_parallel(const Weight& weight, const Team& team, Buffer& memory) {
+  const Packer<Word, Isa::template kTrainingAlign<Word>> packer(weight);
+  void* const packed = memory.get<char>(packer.bytes());
   const int64_t columns = round_up(weight.out, Isa::kLanes);
   team.run(ceil_div(columns, Isa::kPanel), [&](int64_t begin, int64_t end) {
     packer.pack(packed, begin * Isa::kPanel, std::min(columns, end * Isa::kPanel));

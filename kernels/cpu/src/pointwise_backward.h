@@ -69,51 +69,59 @@ void norm_relu_backward(const PointwiseGradArgs& p, const Team& team, const Norm
 }
 
 // The pooled pixels are multiplied, so dz is a quarter of W^T's product with the output's gradient at four pixels.
-template <class Store, class Round>
+template <class Store, class Round, class Word>
 void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
-  using Word = FloatWord;
+  using Element = typename Word::Element;
+  constexpr int64_t e = Word::kElements;
   const Team team{parallel_for, p.threads};
   const int64_t height = p.height / 2, width = p.width / 2, pixels = p.images * height * width;
-  const int64_t c = p.channels, c_padded = padded<Word>(c), k = p.out_channels, k_padded = padded<Word>(k);
-  const int64_t strips = team.pieces(pixels, kGradientStrip);
+  const int64_t c = p.channels, columns = round_up(c, Isa::kLanes), k = p.out_channels;
+  const int64_t k_padded = round_up(k, Isa::template kTrainingAlign<Word>);
+  const int64_t strips = team.pieces(pixels, kGradientStrip<Word>);
   const auto* const x = static_cast<const Store*>(p.x);
   const auto* const grad_out = static_cast<const Round*>(p.grad_out);
   const Vector quarter = Isa::broadcast(.25f);
   Normalization norm;
-  norm.set(p.norm, c, c_padded);
+  norm.set(p.norm, c, columns);
   Buffer packed_memory, dpooled_memory;
-  const float* const w = pack_in_parallel<Word>(transposed(p.conv), team, packed_memory);
-  float* const dpooled = dpooled_memory.get<float>(pixels * c_padded);
+  const void* const w = pack_in_parallel<Word>(transposed(p.conv), team, packed_memory);
+  float* const dpooled = dpooled_memory.get<float>(pixels * columns);
   Sums<float> weight_sums;
-  weight_sums.begin(team.threads, p.conv_weight != nullptr ? c_padded * k_padded : 0);
+  weight_sums.begin(team.threads, p.conv_weight != nullptr ? weight_sum_size(k, columns) : 0);
 
   team.run_parts(team.threads, strips, [&](int64_t slot, int64_t begin, int64_t end) {
+    [[maybe_unused]] const typename Isa::Session session;
     float* const weight_sum = p.conv_weight != nullptr ? weight_sums.clear(slot) : nullptr;
-    float* const dy = Scratch::of_this_thread().dy.get<float>(kGradientStrip * k_padded);
+    Element* const dy = Scratch::of_this_thread().dy.get<Element>(kGradientStrip<Word> * k_padded);
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t first = pixels * strip / strips, rows = pixels * (strip + 1) / strips - first;
       for (int64_t row = 0; row < rows; ++row)
         for (int64_t v = 0; v < k_padded; v += Isa::kLanes)
           Isa::store(dy + row * k_padded + v, load_up_to(grad_out + (first + row) * k + v, k - v));
-      const auto use = [&](int64_t start, int64_t width, const float* dz, float* z, int64_t z_stride) {
+      const auto use = [&](int64_t start, int64_t width, const float* dz, const PixelPanels<Word>& z) {
         for (int64_t row = 0; row < rows; ++row) {
-          float* const target = dpooled + (first + row) * c_padded + start;
+          float* const target = dpooled + (first + row) * columns + start;
           for (int64_t v = 0; v < width; v += Isa::kLanes)
             Isa::store(target + v, Isa::mul(quarter, Isa::load(dz + row * width + v)));
-          if (weight_sum == nullptr) continue;
-          const Store* const corner = x + pooled_corner(first + row, p.height, p.width) * c;
-          for (int64_t v = 0; v < width; v += Isa::kLanes)
-            Isa::store(z + row * z_stride + v, average_2x2(corner, p.width * c, c, start + v, norm));
         }
+        for (int64_t row = 0; weight_sum != nullptr && row < rows; row += e)
+          for (int64_t v = 0; v < width; v += Isa::kLanes) {
+            Vector pooled[e] = {};
+            for (int64_t i = 0; i < std::min(e, rows - row); ++i) {
+              const Store* const corner = x + pooled_corner(first + row + i, p.height, p.width) * c;
+              pooled[i] = average_2x2(corner, p.width * c, c, start + v, norm);
+            }
+            z.store(row / e, v, pooled);
+          }
       };
-      undo_multiply<Word>(dy, rows, k_padded, w, c_padded, weight_sum, use);
+      undo_multiply<Word>(dy, rows, k, k_padded, w, columns, weight_sum, use);
     }
   });
-  if (p.conv_weight != nullptr) transpose_sums(weight_sums, k_padded, k, c, team, p.conv_weight);
+  if (p.conv_weight != nullptr) finish_conv1(weight_sums, k, c, team, p.conv_weight);
 
   norm_relu_backward<Store>(p, team, norm, [&](int64_t image, int64_t i, int64_t j) {
     const bool pooled = i / 2 < height && j / 2 < width;
-    const float* const from = pooled ? dpooled + ((image * height + i / 2) * width + j / 2) * c_padded : nullptr;
+    const float* const from = pooled ? dpooled + ((image * height + i / 2) * width + j / 2) * columns : nullptr;
     return [from](int64_t v, int64_t) { return from != nullptr ? Isa::load(from + v) : Isa::zero(); };
   });
 }

@@ -25,19 +25,17 @@ class Statistics {
     counts_[segment] += rows;
     for (int64_t c = 0; c < channels_; c += Isa::kLanes) {
       const auto at = [&](int64_t row) { return load_up_to(x + row * stride + c, channels_ - c); };
-      typename Isa::Wide sum = Isa::wide_zero(), squares = Isa::wide_zero();
-      for (int64_t row = 0; row < rows; ++row) sum = Isa::wide_add(sum, at(row));
+      const typename Isa::Wide sum = sum_of<Store>(rows, at);
       double tile_mean[Isa::kLanes], tile_m2[Isa::kLanes];
       float rounded[Isa::kLanes];
       Isa::wide_store(tile_mean, sum);
       for (int lane = 0; lane < Isa::kLanes; ++lane) tile_mean[lane] /= count;
       for (int lane = 0; lane < Isa::kLanes; ++lane) rounded[lane] = static_cast<float>(tile_mean[lane]);
       const Vector centre = Isa::load(rounded);
-      for (int64_t row = 0; row < rows; ++row) {
+      Isa::wide_store(tile_m2, sum_of<Store>(rows, [&](int64_t row) {
         const Vector centred = Isa::sub(at(row), centre);
-        squares = Isa::wide_add(squares, Isa::mul(centred, centred));
-      }
-      Isa::wide_store(tile_m2, squares);
+        return Isa::mul(centred, centred);
+      }));
       for (int lane = 0; lane < Isa::kLanes; ++lane) {
         const double off = tile_mean[lane] - rounded[lane];
         tile_m2[lane] -= count * off * off;
@@ -63,6 +61,19 @@ class Statistics {
   }
 
  private:
+  // The sum of value(row): of narrow stored values few at a time in floats, which have digits to spare for those.
+  template <class Store, class Value>
+  static typename Isa::Wide sum_of(int64_t rows, const Value& value) {
+    constexpr int64_t kTogether = sizeof(Store) < sizeof(float) ? 8 : 1;
+    typename Isa::Wide sum = Isa::wide_zero();
+    for (int64_t row = 0; row < rows; row += kTogether) {
+      Vector few = value(row);
+      for (int64_t i = row + 1; i < std::min(rows, row + kTogether); ++i) few = Isa::add(few, value(i));
+      sum = Isa::wide_add(sum, few);
+    }
+    return sum;
+  }
+
   // Adds `count` values of each channel to the `before` values of (mean, m2).
   static void merge(int64_t channels, double before, double count, const double* mean, const double* m2, double* to_mean,
                     double* to_m2) {

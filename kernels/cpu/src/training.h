@@ -51,9 +51,10 @@ class Windows {
   int64_t images_, height_, width_, count_, parts_ = 0;
 };
 
-template <class Store, class Round>
+template <class Store, class Round, class Word>
 class TrainingBlock {
-  using Word = FloatWord;
+  using Element = typename Word::Element;
+  using Gradient = std::conditional_t<std::is_same_v<Store, BFloat16>, BFloat16, float>;  // float16 may overflow
   using Place = Windows::Place;
   static constexpr int64_t kStrip = Isa::kStrip;      // pixels of a forward's strip
   static constexpr int64_t kTiles = 2 * Isa::kRows;  // Winograd's tiles that are transformed at once
@@ -65,9 +66,12 @@ class TrainingBlock {
         pixels_(args.images * args.height * args.width),
         channels_(args.input_channels + args.layers * args.growth_rate),
         hidden_(args.bottleneck_channels),
-        hidden_padded_(padded<Word>(hidden_)),
-        growth_padded_(padded<Word>(args.growth_rate)),
+        hidden_padded_(padded(hidden_)),
+        hidden_columns_(round_up(hidden_, Isa::kLanes)),
+        growth_padded_(padded(args.growth_rate)),
+        growth_columns_(round_up(args.growth_rate, Isa::kLanes)),
         x_(static_cast<Store*>(args.out)),
+        grad_(static_cast<Gradient*>(args.grad)),
         windows_(args.images, args.height, args.width, args.threads),
         shares_statistics_(std::any_of(args.layer, args.layer + args.layers,
                                        [](const TrainingLayer& layer) { return layer.batch1 != 0; })) {}
@@ -78,7 +82,7 @@ class TrainingBlock {
     for (int64_t i = 0; i < p_.layers; ++i) {
       const TrainingLayer& layer = p_.layer[i];
       const int64_t c = channels(i);
-      norm1_.set(layer.norm1, c, padded<Word>(c));
+      norm1_.set(layer.norm1, c, padded(c));
       if (hidden_ > 0) {
         make_bottleneck(i, layer.batch2 != 0);
         norm2_.set(layer.norm2, hidden_, hidden_padded_);
@@ -90,13 +94,13 @@ class TrainingBlock {
   }
 
   void backward() {
-    prefer_huge_pages(p_.grad, pixels_ * channels_ * sizeof(float));
+    prefer_huge_pages(grad_, pixels_ * channels_ * sizeof(Gradient));
     through_.assign(2 * round_up(channels_, Isa::kLanes), 0.f);
     for (int64_t i = p_.layers; i-- > p_.first_layer;) {
       const TrainingLayer& layer = p_.layer[i];
-      arriving_ = i == p_.layers - 1 ? p_.grad_out : p_.grad;
+      arriving_ = i == p_.layers - 1 ? static_cast<const Gradient*>(p_.grad_out) : grad_;
       add_up_through(channels(i), p_.growth_rate);
-      norm1_.set(layer.norm1, channels(i), padded<Word>(channels(i)));
+      norm1_.set(layer.norm1, channels(i), padded(channels(i)));
       if (hidden_ > 0) {
         if (!p_.keeps_bottlenecks) make_bottleneck(i, false);
         norm2_.set(layer.norm2, hidden_, hidden_padded_);
@@ -108,13 +112,16 @@ class TrainingBlock {
         shrink(i, x_, channels_, channels(i), norm1_);
       }
     }
-    arriving_ = p_.grad;
+    arriving_ = grad_;
     if (p_.dx == nullptr) return;
     add_up_through(0, p_.input_channels);
     make_dx();
   }
 
  private:
+  // Channels, as a multiply takes them.
+  static int64_t padded(int64_t channels) { return round_up(channels, Isa::template kTrainingAlign<Word>); }
+
   int64_t channels(int64_t layer) const { return p_.input_channels + layer * p_.growth_rate; }
 
   // -- forward --------------------------------------------------------------------------------------------------
@@ -141,20 +148,21 @@ class TrainingBlock {
     const int64_t c = channels(i);
     auto* const h = static_cast<Round*>(layer.bottleneck);
     prefer_huge_pages(h, pixels_ * hidden_ * sizeof(Round));
-    const float* const w = pack_in_parallel<Word>(layer.conv1, team_, packed_);
+    const void* const w = pack_in_parallel<Word>(layer.conv1, team_, packed_);
     const int64_t strips = team_.pieces(pixels_, kStrip), segments = std::min(strips, Statistics::kSegments);
     statistics_.begin(segments, hidden_);
     team_.run_parts(segments, strips, [&](int64_t segment, int64_t begin, int64_t end) {
+      [[maybe_unused]] const typename Isa::Session session;
       for (int64_t strip = begin; strip < end; ++strip) {
         const int64_t first = pixels_ * strip / strips, rows = pixels_ * (strip + 1) / strips - first;
         const Store* const x = x_ + first * channels_;
         float* const product = multiply_strip<Word>(
-            rows, padded<Word>(c), hidden_padded_, w, [&](int64_t row, int64_t start, int64_t depth, float* z) {
+            rows, padded(c), hidden_columns_, w, [&](int64_t row, int64_t start, int64_t depth, Element* z) {
               affine_relu_row(x + row * channels_ + start, norm1_.from(start), std::min(depth, c - start), depth, z);
             });
         for (int64_t row = 0; row < rows; ++row) {
-          drop(product + row * hidden_padded_, layer.bottleneck_mask, first + row, hidden_);
-          store_row<Round>(product + row * hidden_padded_, hidden_, h + (first + row) * hidden_);
+          drop(product + row * hidden_columns_, layer.bottleneck_mask, first + row, hidden_);
+          store_row<Round>(product + row * hidden_columns_, hidden_, h + (first + row) * hidden_);
         }
         if (with_statistics) statistics_.add(segment, h + first * hidden_, rows, hidden_);
       }
@@ -166,20 +174,21 @@ class TrainingBlock {
   template <class Source>
   void grow(int64_t i, const Source* source, int64_t stride, int64_t c, const Normalization& norm) {
     const TrainingLayer& layer = p_.layer[i];
-    const float* const w = pack_in_parallel<Word>(layer.conv3, team_, packed_);
+    const void* const w = pack_in_parallel<Word>(layer.conv3, team_, packed_);
     Store* const y = x_ + channels(i);
     const int64_t segments = std::min(windows_.count(), Statistics::kSegments);
     statistics_.begin(segments, p_.growth_rate);
     team_.run_parts(segments, windows_.count(), [&](int64_t segment, int64_t begin, int64_t end) {
+      [[maybe_unused]] const typename Isa::Session session;
       for (int64_t n = begin; n < end; ++n) {
         const Place place = windows_[n];
-        const Window<Word> window = padded_window(place, padded<Word>(c));
-        const float* const u = make_u(place, window, source, stride, c, norm);
-        convolve_in_parts(window, u, w, growth_padded_, [&](int64_t image, int64_t row, float* values) {
+        const Window<Word> window = padded_window(place, padded(c));
+        const Element* const u = make_u(place, window, source, stride, c, norm);
+        convolve_in_parts(window, u, w, growth_columns_, [&](int64_t image, int64_t row, float* values) {
           const int64_t first = pixel(place, image, row);
           for (int64_t j = 0; j < p_.width; ++j) {
-            drop(values + j * growth_padded_, layer.growth_mask, first + j, p_.growth_rate);
-            store_row<Round>(values + j * growth_padded_, p_.growth_rate, y + (first + j) * channels_);
+            drop(values + j * growth_columns_, layer.growth_mask, first + j, p_.growth_rate);
+            store_row<Round>(values + j * growth_columns_, p_.growth_rate, y + (first + j) * channels_);
           }
         });
         if (shares_statistics_)
@@ -206,53 +215,51 @@ class TrainingBlock {
   template <class Source>
   void shrink(int64_t i, const Source* source, int64_t stride, int64_t c, const Normalization& norm) {
     const TrainingLayer& layer = p_.layer[i];
-    const int64_t c_padded = padded<Word>(c), k = growth_padded_;
+    const int64_t c_padded = padded(c), columns = round_up(c, Isa::kLanes);
     const bool wants_weight = layer.conv3_weight != nullptr;
-    const float* const w = pack_in_parallel<Word>(transposed(layer.conv3), team_, packed_);
-    if (hidden_ > 0) da_ = da_memory_.get<float>(pixels_ * hidden_padded_);
+    const void* const w = pack_in_parallel<Word>(transposed(layer.conv3), team_, packed_);
+    if (hidden_ > 0) da_ = da_memory_.get<Element>(pixels_ * hidden_columns_);
     sums_.begin(team_.threads, 2 * c_padded);
-    if (wants_weight) weight_sums_.begin(team_.threads, 16 * c_padded * k);
+    if (wants_weight) weight_sums_.begin(team_.threads, conv3_sum_size(columns));
     team_.run_parts(team_.threads, windows_.count(), [&](int64_t slot, int64_t begin, int64_t end) {
+      [[maybe_unused]] const typename Isa::Session session;
       double* const s1 = sums_.clear(slot);
       double* const s2 = s1 + c_padded;
       float* const weight_sum = wants_weight ? weight_sums_.clear(slot) : nullptr;
       for (int64_t n = begin; n < end; ++n) {
         const Place place = windows_[n];
-        const Window<Word> dy_window = padded_window(place, k), u_window = padded_window(place, c_padded);
-        const float* const dy = make_dy(i, place, dy_window);
-        convolve_in_parts(dy_window, dy, w, c_padded, [&](int64_t image, int64_t row, const float* du) {
+        const Window<Word> window = padded_window(place, growth_padded_);
+        const Element* const dy = make_dy(i, place, window);
+        convolve_in_parts(window, dy, w, columns, [&](int64_t image, int64_t row, const float* du) {
           const int64_t first = pixel(place, image, row);
           const Source* const x = source + first * stride;
           if (hidden_ > 0)
-            mask_row(x, stride, c, norm, du, c_padded, s1, s2, [&](int64_t at, int64_t channel, Vector da, int64_t) {
-              Isa::store(da_ + (first + at) * hidden_padded_ + channel, da);
+            mask_row(x, stride, c, norm, du, columns, s1, s2, [&](int64_t at, int64_t channel, Vector da, int64_t) {
+              Isa::store(da_ + (first + at) * hidden_columns_ + channel, da);
             });
           else
-            mask_row(x, stride, c, norm, du, c_padded, s1, s2, gather(norm, first));
+            mask_row(x, stride, c, norm, du, columns, s1, s2, gather(norm, first));
         });
-        if (wants_weight) {
-          const float* const u = make_u(place, u_window, source, stride, c, norm);
-          add_weight_gradient(u_window, u, dy_window, dy, weight_sum);
-        }
+        if (wants_weight) add_conv3_gradient(place, window, dy, source, stride, c, norm, weight_sum);
       }
     });
     finish_norm(norm, c, c_padded, hidden_ > 0 ? layer.norm2_weight : layer.norm1_weight,
                 hidden_ > 0 ? layer.norm2_bias : layer.norm1_bias);
     if (hidden_ == 0 && layer.batch1) share_through(c);
-    if (wants_weight) finish_conv3(c, c_padded, layer.conv3_weight);
+    if (wants_weight) finish_conv3(c, columns, layer.conv3_weight);
   }
 
   // da = du 1[u > 0] of a row of pixels, handed to use(pixel, channel, da, how many exist); adds up s1 and, but for
   // rstd, s2.
   template <class Source, class Use>
   void mask_row(const Source* x, int64_t stride, int64_t c, const Normalization& norm, const float* du,
-                int64_t c_padded, double* s1, double* s2, const Use& use) {
-    for (int64_t v = 0; v < c_padded; v += Isa::kLanes) {
+                int64_t columns, double* s1, double* s2, const Use& use) {
+    for (int64_t v = 0; v < columns; v += Isa::kLanes) {
       Vector sum1 = Isa::zero(), sum2 = Isa::zero();
       const Vector mean = Isa::load(norm.mean + v);
       for (int64_t j = 0; j < p_.width; ++j) {
         const Vector value = load_up_to(x + j * stride + v, c - v);
-        const Vector da = Isa::where_positive(norm(value, v), Isa::load(du + j * c_padded + v));
+        const Vector da = Isa::where_positive(norm(value, v), Isa::load(du + j * columns + v));
         sum1 = Isa::add(sum1, da);
         sum2 = Isa::multiply_add(da, Isa::sub(value, mean), sum2);
         use(j, v, da, c - v);
@@ -267,60 +274,65 @@ class TrainingBlock {
     return [this, &norm, first](int64_t at, int64_t channel, Vector da, int64_t exist) {
       const int64_t element = (first + at) * channels_ + channel;
       const Vector g = load_up_to(arriving_ + element, exist);
-      store_up_to(p_.grad + element, Isa::multiply_add(da, Isa::load(norm.scale + channel), g), exist);
+      store_up_to(grad_ + element, Isa::multiply_add(da, Isa::load(norm.scale + channel), g), exist);
     };
   }
 
   // The 1x1 of a layer backwards, from da of its bottleneck to G, in one pass over X; its gradient and norm1's.
   void undo_bottleneck(int64_t i) {
     const TrainingLayer& layer = p_.layer[i];
-    const int64_t c = channels(i), c_padded = padded<Word>(c);
+    const int64_t c = channels(i), c_padded = padded(c), columns = round_up(c, Isa::kLanes);
     const bool wants_weight = layer.conv1_weight != nullptr;
-    const float* const w = pack_in_parallel<Word>(transposed(layer.conv1), team_, packed_);
+    const void* const w = pack_in_parallel<Word>(transposed(layer.conv1), team_, packed_);
     sums_.begin(team_.threads, 2 * c_padded);
-    if (wants_weight) weight_sums_.begin(team_.threads, c_padded * hidden_padded_);
-    const int64_t strips = team_.pieces(pixels_, kGradientStrip);
+    if (wants_weight) weight_sums_.begin(team_.threads, weight_sum_size(hidden_, columns));
+    const int64_t strips = team_.pieces(pixels_, kGradientStrip<Word>);
     team_.run_parts(team_.threads, strips, [&](int64_t slot, int64_t begin, int64_t end) {
+      [[maybe_unused]] const typename Isa::Session session;
       double* const s1 = sums_.clear(slot);
       double* const s2 = s1 + c_padded;
       float* const weight_sum = wants_weight ? weight_sums_.clear(slot) : nullptr;
-      float* const dh = Scratch::of_this_thread().dy.get<float>(kGradientStrip * hidden_padded_);
+      Element* const dh = Scratch::of_this_thread().dy.get<Element>(kGradientStrip<Word> * hidden_padded_);
       for (int64_t strip = begin; strip < end; ++strip) {
         const int64_t first = pixels_ * strip / strips, rows = pixels_ * (strip + 1) / strips - first;
         make_dh(layer, first, rows, dh);
-        undo_multiply<Word>(dh, rows, hidden_padded_, w, c_padded, weight_sum,
-                            [&](int64_t start, int64_t width, const float* dz, float* z, int64_t z_stride) {
-                              undo_norm1(first, rows, start, width, c, dz, z, z_stride, s1, s2);
+        undo_multiply<Word>(dh, rows, hidden_, hidden_padded_, w, columns, weight_sum,
+                            [&](int64_t start, int64_t width, const float* dz, const PixelPanels<Word>& z) {
+                              undo_norm1(first, rows, start, width, c, dz, z, s1, s2);
                             });
       }
     });
     finish_norm(norm1_, c, c_padded, layer.norm1_weight, layer.norm1_bias);
     if (layer.batch1) share_through(c);
-    if (wants_weight) transpose_sums(weight_sums_, hidden_padded_, hidden_, c, team_, layer.conv1_weight);
+    if (wants_weight) finish_conv1(weight_sums_, hidden_, c, team_, layer.conv1_weight);
   }
 
   // z, and da = dz 1[z > 0] into G and the sums, of some channels of some pixels.
-  void undo_norm1(int64_t first, int64_t rows, int64_t start, int64_t width, int64_t c, const float* dz, float* z,
-                  int64_t z_stride, double* s1, double* s2) {
+  void undo_norm1(int64_t first, int64_t rows, int64_t start, int64_t width, int64_t c, const float* dz,
+                  const PixelPanels<Word>& z, double* s1, double* s2) {
+    constexpr int64_t e = Word::kElements;
     constexpr int64_t kTogether = 8;  // pixels between a load and a store of the sums
     for (int64_t block = 0; block < rows; block += kTogether)
       for (int64_t v = 0; v < width; v += Isa::kLanes) {
         const int64_t channel = start + v, exist = c - channel;
         const Vector scale = Isa::load(norm1_.scale + channel), mean = Isa::load(norm1_.mean + channel);
         Vector sum1 = Isa::zero(), sum2 = Isa::zero();
-        for (int64_t row = block; row < std::min(rows, block + kTogether); ++row) {
-          const int64_t element = (first + row) * channels_ + channel;
-          if (v % (kCacheLine / 4) == 0) {  // what the next channels will need
-            __builtin_prefetch(x_ + element + width);
-            __builtin_prefetch(arriving_ + element + width);
+        for (int64_t row = block; row < std::min(rows, block + kTogether); row += e) {
+          Vector activated[e] = {};
+          for (int64_t i = 0; i < std::min(e, rows - row); ++i) {
+            const int64_t element = (first + row + i) * channels_ + channel;
+            if (v % (kCacheLine / 4) == 0) {  // what the next channels will need
+              __builtin_prefetch(x_ + element + width);
+              __builtin_prefetch(arriving_ + element + width);
+            }
+            const Vector value = load_up_to(x_ + element, exist), g = load_up_to(arriving_ + element, exist);
+            activated[i] = norm1_(value, channel);
+            const Vector da = Isa::where_positive(activated[i], Isa::load(dz + (row + i) * width + v));
+            store_up_to(grad_ + element, Isa::multiply_add(da, scale, g), exist);
+            sum1 = Isa::add(sum1, da);
+            sum2 = Isa::multiply_add(da, Isa::sub(value, mean), sum2);
           }
-          const Vector value = load_up_to(x_ + element, exist), g = load_up_to(arriving_ + element, exist);
-          const Vector activated = norm1_(value, channel);
-          const Vector da = Isa::where_positive(activated, Isa::load(dz + row * width + v));
-          Isa::store(z + row * z_stride + v, activated);
-          store_up_to(p_.grad + element, Isa::multiply_add(da, scale, g), exist);
-          sum1 = Isa::add(sum1, da);
-          sum2 = Isa::multiply_add(da, Isa::sub(value, mean), sum2);
+          z.store(row / e, v, activated);
         }
         add_to(s1 + channel, sum1);
         add_to(s2 + channel, sum2);
@@ -328,20 +340,18 @@ class TrainingBlock {
   }
 
   // The gradient of h, of some pixels.
-  void make_dh(const TrainingLayer& layer, int64_t first, int64_t rows, float* dh) {
+  void make_dh(const TrainingLayer& layer, int64_t first, int64_t rows, Element* dh) const {
     const auto* const h = static_cast<const Round*>(layer.bottleneck);
     const float* const p = own_through_.data();
-    const float* const q = p + hidden_padded_;
+    const float* const q = p + own_through_.size() / 2;
     for (int64_t row = 0; row < rows; ++row) {
-      float* const target = dh + row * hidden_padded_;
       const int64_t at = first + row;
-      for (int64_t v = 0; v < hidden_padded_; v += Isa::kLanes) {
-        const Vector scaled = Isa::mul(Isa::load(da_ + at * hidden_padded_ + v), Isa::load(norm2_.scale + v));
+      write_row(dh + row * hidden_padded_, hidden_, hidden_padded_, layer.bottleneck_mask, at, [&](int64_t v) {
+        const Vector scaled = Isa::mul(Isa::load(da_ + at * hidden_columns_ + v), Isa::load(norm2_.scale + v));
         const Vector through = through_statistics(load_up_to(h + at * hidden_ + v, hidden_ - v),
                                                   Isa::load(norm2_.mean + v), Isa::load(p + v), Isa::load(q + v));
-        Isa::store(target + v, layer.batch2 ? Isa::add(scaled, through) : scaled);
-      }
-      drop(target, layer.bottleneck_mask, at, hidden_);
+        return layer.batch2 ? Isa::add(scaled, through) : scaled;
+      });
     }
   }
 
@@ -384,22 +394,57 @@ class TrainingBlock {
     }
   }
 
-  // dW2: [k, C, 3, 3] from the sums' [16, C, k].
-  void finish_conv3(int64_t c, int64_t c_padded, float* out) {
-    const int64_t k = growth_padded_;
-    team_.run(c, [&](int64_t begin, int64_t end) {
-      for (int64_t n = 0; n < p_.growth_rate; n += Isa::kLanes)
-        for (int64_t channel = begin; channel < end; ++channel) {
-          Vector places[4][4], taps[3][3];
-          float values[9][Isa::kLanes];
-          for (int64_t place = 0; place < 16; ++place)
-            places[place / 4][place % 4] = weight_sums_.total((place * c_padded + channel) * k + n);
-          transform_weight_gradient(places, taps);
-          for (int tap = 0; tap < 9; ++tap) Isa::store(values[tap], taps[tap / 3][tap % 3]);
-          for (int64_t lane = 0; lane < std::min<int64_t>(Isa::kLanes, p_.growth_rate - n); ++lane)
-            for (int tap = 0; tap < 9; ++tap) out[((n + lane) * c + channel) * 9 + tap] = values[tap][lane];
-        }
-    });
+  // The weight's gradient of a 3x3: a window's part of it, in Winograd's places or by taps.
+  template <class Source>
+  void add_conv3_gradient(const Place& place, const Window<Word>& dy_window, const Element* dy, const Source* source,
+                          int64_t stride, int64_t c, const Normalization& norm, float* sum) const {
+    if constexpr (kIsWinograd<Word>) {
+      const Window<Word> window = padded_window(place, padded(c));
+      add_weight_gradient(window, make_u(place, window, source, stride, c, norm), dy_window, dy, sum);
+    } else {
+      add_weight_gradient<Word>(
+          dy_window, dy, p_.growth_rate, round_up(c, Isa::kLanes),
+          [&](int64_t y) { return place.top + y >= 0 && place.top + y < p_.height; },
+          [&](int64_t image, int64_t y, int64_t x, int64_t v) {
+            return norm(load_up_to(source + (pixel(place, image, y) + x) * stride + v, c - v), v);
+          },
+          sum);
+    }
+  }
+
+  int64_t conv3_sum_size(int64_t columns) const {
+    return kIsWinograd<Word> ? 16 * columns * growth_padded_ : 9 * weight_sum_size(p_.growth_rate, columns);
+  }
+
+  // dW2, [k, C, 3, 3], from those parts' sums.
+  void finish_conv3(int64_t c, int64_t columns, float* out) {
+    if constexpr (kIsWinograd<Word>) {
+      team_.run(c, [&](int64_t begin, int64_t end) {
+        float values[9][Isa::kLanes];
+        for (int64_t n = 0; n < p_.growth_rate; n += Isa::kLanes)
+          for (int64_t channel = begin; channel < end; ++channel) {
+            Vector places[4][4], taps[3][3];
+            for (int64_t i = 0; i < 16; ++i)
+              places[i / 4][i % 4] = weight_sums_.total((i * columns + channel) * growth_padded_ + n);
+            transform_weight_gradient(places, taps);
+            for (int tap = 0; tap < 9; ++tap) Isa::store(values[tap], taps[tap / 3][tap % 3]);
+            for (int64_t lane = 0; lane < std::min<int64_t>(Isa::kLanes, p_.growth_rate - n); ++lane)
+              for (int tap = 0; tap < 9; ++tap) out[((n + lane) * c + channel) * 9 + tap] = values[tap][lane];
+          }
+      });
+    } else {
+      team_.run(p_.growth_rate, [&](int64_t begin, int64_t end) {
+        float values[9][Isa::kLanes];
+        for (int64_t n = begin; n < end; ++n)
+          for (int64_t v = 0; v < c; v += Isa::kLanes) {
+            for (int tap = 0; tap < 9; ++tap)
+              Isa::store(values[tap],
+                         weight_sums_.total(tap * weight_sum_size(p_.growth_rate, columns) + n * columns + v));
+            for (int64_t lane = 0; lane < std::min<int64_t>(Isa::kLanes, c - v); ++lane)
+              for (int tap = 0; tap < 9; ++tap) out[(n * c + v + lane) * 9 + tap] = values[tap][lane];
+          }
+      });
+    }
   }
 
   // -- what both share ------------------------------------------------------------------------------------------
@@ -414,64 +459,90 @@ class TrainingBlock {
   }
 
   template <class Sink>
-  void convolve_in_parts(const Window<Word>& window, const float* u, const void* w, int64_t columns,
+  void convolve_in_parts(const Window<Word>& window, const Element* u, const void* w, int64_t columns,
                          const Sink& sink) const {
-    const int64_t bands = window.bands(), parts = ceil_div(bands * window.tiles_across(), kTiles);
-    const int64_t pieces = std::min(bands, parts);
-    for (int64_t piece = 0; piece < pieces; ++piece)
-      convolve_by_winograd(window, u, w, columns, bands * piece / pieces, bands * (piece + 1) / pieces, sink);
+    if constexpr (kIsWinograd<Word>) {
+      const int64_t bands = window.bands(), parts = ceil_div(bands * window.tiles_across(), kTiles);
+      const int64_t pieces = std::min(bands, parts);
+      for (int64_t piece = 0; piece < pieces; ++piece)
+        convolve_by_winograd(window, u, w, columns, bands * piece / pieces, bands * (piece + 1) / pieces, sink);
+    } else {
+      convolve_directly(window, u, w, columns, 0, window.rows(), sink);
+    }
   }
 
   // Calls make(pixel, target) for a window's pixels and the rows above and below it, and sets zeros beyond the image.
   template <class Make>
-  float* fill(const Place& place, const Window<Word>& window, Buffer& memory, const Make& make) const {
-    float* const buffer = memory.get<float>(window.size());
+  Element* fill(const Place& place, const Window<Word>& window, Buffer& memory, const Make& make) const {
+    Element* const buffer = memory.get<Element>(window.size());
+    const auto clear = [&](Element* at, int64_t pixels) {
+      std::memset(static_cast<void*>(at), 0, pixels * window.stride * sizeof(Element));
+    };
     const int64_t right = window.padded_width() - 1 - window.width;
     for (int64_t image = 0; image < window.images; ++image)
       for (int64_t row = -1; row < window.padded_height() - 1; ++row) {
-        float* target = buffer + window.pixel(image, row, -1) * window.stride;
+        Element* target = buffer + window.pixel(image, row, -1) * window.stride;
         const int64_t y = place.top + row;
         if (y < 0 || y >= p_.height) {
-          std::memset(target, 0, window.padded_width() * window.stride * sizeof(float));
+          clear(target, window.padded_width());
           continue;
         }
-        std::memset(target, 0, window.stride * sizeof(float));
+        clear(target, 1);
         target += window.stride;
         const int64_t first = pixel(place, image, row);
         for (int64_t j = 0; j < p_.width; ++j, target += window.stride) make(first + j, target);
-        std::memset(target, 0, right * window.stride * sizeof(float));
+        clear(target, right);
       }
     return buffer;
   }
 
   template <class Source>
-  const float* make_u(const Place& place, const Window<Word>& window, const Source* source, int64_t stride, int64_t c,
-                      const Normalization& norm) const {
-    return fill(place, window, Scratch::of_this_thread().u, [&](int64_t at, float* target) {
+  const Element* make_u(const Place& place, const Window<Word>& window, const Source* source, int64_t stride, int64_t c,
+                        const Normalization& norm) const {
+    return fill(place, window, Scratch::of_this_thread().u, [&](int64_t at, Element* target) {
       affine_relu_row(source + at * stride, Affine(norm), c, window.channels, target);
     });
   }
 
-  const float* make_dy(int64_t i, const Place& place, const Window<Word>& window) const {
-    const int64_t c = channels(i);
-    return fill(place, window, Scratch::of_this_thread().dy, [&](int64_t at, float* target) {
-      for (int64_t v = 0; v < window.channels; v += Isa::kLanes)
-        Isa::store(target + v, Isa::keep(true_gradient(at, c + v, p_.growth_rate - v),
-                                         std::clamp<int64_t>(p_.growth_rate - v, 0, Isa::kLanes)));
-      drop(target, p_.layer[i].growth_mask, at, p_.growth_rate);
+  const Element* make_dy(int64_t i, const Place& place, const Window<Word>& window) const {
+    const int64_t c = channels(i), k = p_.growth_rate;
+    return fill(place, window, Scratch::of_this_thread().dy, [&](int64_t at, Element* target) {
+      write_row(target, k, window.channels, p_.layer[i].growth_mask, at,
+                [&](int64_t v) { return true_gradient(at, c + v, k - v); });
     });
   }
 
-  // Dropout of one pixel's channels.
+  // Dropout of some channels of a pixel.
   void drop(float* values, const uint8_t* mask, int64_t at, int64_t c) const {
     if (mask == nullptr) return;
     for (int64_t v = 0; v < c; ++v) values[v] *= mask[at * c + v] * static_cast<float>(p_.keep_scale);
   }
 
+  // make(channel) of a pixel's c channels after dropout, as a multiply takes them: with zeros up to `padded`.
+  template <class Make>
+  void write_row(Element* target, int64_t c, int64_t padded, const uint8_t* mask, int64_t at, const Make& make) const {
+    int64_t v = 0;
+    for (; v < c; v += Isa::kLanes) {
+      const int64_t count = std::min<int64_t>(Isa::kLanes, c - v);
+      Vector values = Isa::keep(make(v), count);
+      if (mask != nullptr) {
+        float dropped[Isa::kLanes];
+        Isa::store(dropped, values);
+        for (int64_t lane = 0; lane < count; ++lane)
+          dropped[lane] *= mask[at * c + v + lane] * static_cast<float>(p_.keep_scale);
+        values = Isa::load(dropped);
+      }
+      Isa::store(target + v, values);
+    }
+    for (; v < padded; v += Isa::kLanes) Isa::store(target + v, Isa::zero());
+  }
+
   const TrainingArgs& p_;
   const Team team_;
-  const int64_t pixels_, channels_, hidden_, hidden_padded_, growth_padded_;
+  const int64_t pixels_, channels_, hidden_;
+  const int64_t hidden_padded_, hidden_columns_, growth_padded_, growth_columns_;  // as a multiply takes and makes them
   Store* const x_;
+  Gradient* const grad_;
   const Windows windows_;
   const bool shares_statistics_;
   Normalization norm1_, norm2_;
@@ -479,8 +550,8 @@ class TrainingBlock {
   Sums<double> sums_;
   Sums<float> weight_sums_;
   Buffer packed_, da_memory_;
-  float* da_ = nullptr;
-  const float* arriving_ = nullptr;    // what G holds so far: at first, the gradient of X
+  Element* da_ = nullptr;              // of the bottleneck, rounded where multiplies are
+  const Gradient* arriving_ = nullptr;    // what G holds so far: at first, the gradient of X
   std::vector<float> through_;         // P and Q
   std::vector<float> own_through_;  // p and q of the norm at hand
 };
