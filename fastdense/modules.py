@@ -382,8 +382,11 @@ def _stock_computes(x: Tensor, norm: BatchNorm, weight: Tensor | None = None) ->
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether PyTorch's convolutions take [N, C, *spatial] for channels-last; ambiguous strides count as contiguous."""
-    return x.dim() in (3, 4, 5) and x.stride(1) == 1 and x.stride(-1) == x.shape[1] > 1
+    """Whether PyTorch's convolutions take [N, C, *spatial] for channels-last; ambiguous strides count as contiguous.
+
+    Sequences never are: PyTorch's norms make them contiguous.
+    """
+    return x.dim() in (4, 5) and x.stride(1) == 1 and x.stride(-1) == x.shape[1] > 1
 
 
 def _dropout_mask(x: Tensor, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, drop_rate: float, channels_last: bool) -> Tensor:
