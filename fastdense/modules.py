@@ -580,10 +580,13 @@ def _stock_computes(x: Tensor, norm: BatchNorm, weight: Tensor | None = None) ->
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether PyTorch's convolutions take [N, C, *spatial] for channels-last; ambiguous strides count as contiguous."""
+    """Whether PyTorch's convolutions take [N, C, *spatial] for channels-last; ambiguous strides count as contiguous.
+
+    Sequences never are: PyTorch's norms make them contiguous.
+    """
     if not isinstance(x, Tensor):  # a proxy of torch.fx
         return False
-    return x.dim() in (3, 4, 5) and x.stride(1) == 1 and x.stride(-1) == x.shape[1] > 1
+    return x.dim() in (4, 5) and x.stride(1) == 1 and x.stride(-1) == x.shape[1] > 1
 
 
 def _dropout_mask(x: Tensor, conv: Conv, layer: Layer, channels_last: bool) -> Tensor:
