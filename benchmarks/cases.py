@@ -216,8 +216,8 @@ SUITES = {
         programs=(Program("densenet_bc_10_4", epochs=1, seeds=2),),
     ),
 }  # fmt: skip
-"""``quick`` takes about ten minutes on two cores, ``peers`` fifteen, ``training`` half an hour, ``full`` hours; ``smoke``
-only shows that all parts run."""
+"""``quick`` takes about ten minutes on two cores, ``peers`` fifteen, ``training`` half an hour, ``full`` hours;
+``smoke`` only shows that all parts run."""
 
 
 def default_device() -> str:
