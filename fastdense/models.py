@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from . import reference
 from .architectures import cifar_config, constructor
-from .modules import BatchNorm, FastDenseBlock, FastTransition, head, hooked
+from .modules import FastDenseBlock, FastTransition, head
+from .served import BatchNorm, hooked
 from .stages import FastSequential, through
 
 

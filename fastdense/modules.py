@@ -10,40 +10,33 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules import module as nn_module
 
 from . import backends, layouts, ops, reference
-from .kernels.contract import ChannelStats, DenseLayers, Norm, empty_channels_last
+from .kernels.contract import ChannelStats, DenseLayers, empty_channels_last
 from .layouts import BlockLayout, TransitionLayout
+from .norms import (
+    BatchStats,
+    count_of,
+    group_of,
+    groups,
+    norm_for,
+    norm_lists,
+    parameter,
+    update_running_stats,
+    uses_batch_stats,
+)
+from .served import DIMS, BatchNorm, Conv, obstacle_in, own_hooks, unusual
 
 
 class FallbackWarning(UserWarning):
     """A fast module ran its reference definition instead."""
-
-
-BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
-"""The norms that the ops compute."""
-
-Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
-"""The convolutions that they compute."""
-
-
-class BatchStats(NamedTuple):
-    """Statistics of a batch, on their way from where they were made to the norms that use them."""
-
-    mean: Tensor  # [C]
-    var: Tensor  # [C], biased
-    pixels: int | Tensor  # values of a channel
-    group: str  # of the processes whose batches they are of, "" for this one alone
 
 
 class Layer(NamedTuple):
@@ -87,7 +80,7 @@ class FusedBlock(nn.Module):
         layers = self._gather(modules, x, channels_last)
         dtype = _conv_dtype(x, layers.conv1_weight[0])
         uses_batch = any(layers.norm1_batch_stats) or any(layers.norm2_batch_stats)
-        count = _count(x, layers.group) if uses_batch else 0
+        count = count_of(x, layers.group) if uses_batch else 0
         biases = [cast(Tensor, layer.conv1.bias) for layer in modules if layer.conv1.bias is not None]
         tensors = itertools.chain([x], biases, *layers[:10])
         needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -153,7 +146,7 @@ class FusedBlock(nn.Module):
         first = layers[0]
         norms1 = [layer.norm1 for layer in layers]
         norms2 = [layer.norm2 for layer in layers if layer.norm2 is not None]
-        batch1, batch2 = ([_uses_batch_stats(norm) for norm in norms] for norms in (norms1, norms2))
+        batch1, batch2 = ([uses_batch_stats(norm) for norm in norms] for norms in (norms1, norms2))
         bottleneck_mask, growth_mask = [], []
         if first.drop_rate > 0:
             for layer in layers:
@@ -161,10 +154,10 @@ class FusedBlock(nn.Module):
                     bottleneck_mask.append(_dropout_mask(x, layer.conv1, layer, channels_last))
                 growth_mask.append(_dropout_mask(x, layer.growth_conv, layer, channels_last))
         return DenseLayers(
-            *_norm_lists(norms1, x),
-            [_parameter(layer.conv1, "weight") for layer in layers],
-            *_norm_lists(norms2, x),
-            [_parameter(layer.conv2, "weight") for layer in layers if layer.conv2 is not None],
+            *norm_lists(norms1, x),
+            [parameter(layer.conv1, "weight") for layer in layers],
+            *norm_lists(norms2, x),
+            [parameter(layer.conv2, "weight") for layer in layers if layer.conv2 is not None],
             bottleneck_mask,
             growth_mask,
             batch1,
@@ -172,7 +165,7 @@ class FusedBlock(nn.Module):
             batch2,
             [norm.eps for norm in norms2],
             first.drop_rate,
-            next((_group_of(norm) for norm in itertools.compress(norms1 + norms2, batch1 + batch2)), ""),
+            next((group_of(norm) for norm in itertools.compress(norms1 + norms2, batch1 + batch2)), ""),
         )
 
     def _update(self, layers: list[Layer], shared: ChannelStats, bottleneck: ChannelStats, count: int | Tensor) -> None:
@@ -187,7 +180,7 @@ class FusedBlock(nn.Module):
             if layer.norm2 is not None:
                 norms.append(layer.norm2)
                 stats.append(ChannelStats(bottleneck.mean[i], bottleneck.var[i]))
-        _update_running_stats(norms, stats, count)
+        update_running_stats(norms, stats, count)
 
     def _returned(
         self, out: Tensor, stats: BatchStats | None, first: int, channels: int
@@ -197,7 +190,8 @@ class FusedBlock(nn.Module):
         if self._layout.only_new and getattr(self, self._layout.only_new):
             start, end = (start, end - channels) if self._layout.new_first else (start + channels, end)
             if stats is not None:
-                stats = stats._replace(mean=stats.mean[start - first : end - first], var=stats.var[start - first : end])
+                part = slice(start - first, end - first)
+                stats = stats._replace(mean=stats.mean[part], var=stats.var[part])
         if (start, end) != (0, out.shape[1]):
             out = out[:, start:end].clone()
         return out, stats
@@ -213,15 +207,15 @@ class FusedBlock(nn.Module):
         for name, layer in modules.items():
             if type(layer) is not layout.layer_class:
                 return f"{name} is a {type(layer).__name__}"
-            obstacle = _hooked(layer)
+            obstacle = own_hooks(layer)
             if layout.holder and not obstacle:
                 if list(layer._modules) != [layout.holder]:
                     obstacle = f"its children are {', '.join(layer._modules)} instead of {layout.holder}"
                 elif type(layer._modules[layout.holder]) is not nn.Sequential:
                     obstacle = f"{layout.holder}: it is a {type(layer._modules[layout.holder]).__name__}"
                 else:
-                    obstacle = _hooked(_child(layer, layout.holder))
-            obstacle = obstacle or _obstacle_in(_child(layer, layout.holder), layout)
+                    obstacle = own_hooks(_child(layer, layout.holder))
+            obstacle = obstacle or obstacle_in(_child(layer, layout.holder), layout)
             if obstacle:
                 return f"{name}: {obstacle}"
         layers = self.dense_layers()
@@ -230,7 +224,7 @@ class FusedBlock(nn.Module):
             if these != settings:
                 return f"{name} differs from {next(iter(modules))} in dropout, biases or training mode"
         norms = [norm for layer in layers for norm in (layer.norm1, layer.norm2) if norm is not None]
-        if len(_groups(norms)) > 1:
+        if len(groups(norms)) > 1:
             return "its norms take their statistics over different processes"
         return None
 
@@ -328,14 +322,14 @@ class FusedTransition(nn.Module):
         if self._drops():
             return super().forward(x if channels_last else x.contiguous())  # type: ignore[misc]
         dtype = _conv_dtype(x, conv.weight)
-        return ops.transition(x, _norm_for(norm, x, stats, backend), conv.weight, dtype=dtype, backend=backend)
+        return ops.transition(x, norm_for(norm, x, stats, backend), conv.weight, dtype=dtype, backend=backend)
 
     def _drops(self) -> bool:
         drop: Any = self._modules.get(self._layout.dropout)
         return drop is not None and drop.training and drop.p > 0
 
     def _obstacle(self) -> str | None:
-        return _obstacle_in(self, self._layout)
+        return obstacle_in(self, self._layout)
 
 
 class FastTransition(FusedTransition, reference.Transition):
@@ -362,20 +356,20 @@ def stem_tail(norm: BatchNorm, relu: nn.Module | None, pool: nn.Module, x: Tenso
     ``relu``: ``None`` where the norm carries it.
     """
     parts = [part for part in (norm, relu, pool) if part is not None]
-    backend = None if any(map(_unusual, parts)) else _fast_backend(norm, x)
+    backend = None if any(map(unusual, parts)) else _fast_backend(norm, x)
     if backend is None or not _stock_computes(x, norm):
         for part in parts:
             x = part(x)
         return x
-    return ops.stem_tail(x, _norm_for(norm, x, None, backend), backend=backend)
+    return ops.stem_tail(x, norm_for(norm, x, None, backend), backend=backend)
 
 
 def head(norm: BatchNorm, x: Tensor, stats: BatchStats | None) -> Tensor:
     """norm, ReLU and global average pool of [N, C, *spatial] in one pass where possible: [N, C]."""
-    backend = None if _unusual(norm) else _fast_backend(norm, x)
+    backend = None if unusual(norm) else _fast_backend(norm, x)
     if backend is None or not _stock_computes(x, norm):
         return reference.global_avg_pool(F.relu(norm(x), inplace=True))
-    return ops.head(x, _norm_for(norm, x, stats, backend), backend=backend)
+    return ops.head(x, norm_for(norm, x, stats, backend), backend=backend)
 
 
 # -- what the modules share ----------------------------------------------------------------------------------
@@ -384,7 +378,7 @@ def head(norm: BatchNorm, x: Tensor, stats: BatchStats | None) -> Tensor:
 def _fast_backend(module: nn.Module, x: Tensor, obstacle: Callable[[], str | None] = lambda: None) -> str | None:
     """The backend for ``x``, or ``None`` where the reference must run: on request, or for a reason warned of."""
     if not isinstance(x, Tensor) or x.dim() not in (3, 4, 5) or x.numel() == 0 or _is_transformed():
-        if _groups([m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]) - {""}:
+        if groups([m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]) - {""}:
             # the other processes would wait for what the reference does not send
             raise ValueError(
                 "SyncBatchNorm over several processes needs [N, C, *spatial] on each, N >= 1, outside torch.func's "
@@ -418,146 +412,6 @@ def _is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def hooked(module: nn.Module) -> str | None:
-    """What would be bypassed if the module's forward were not called through ``__call__``."""
-    return _hooked(module) or _global_hooks()
-
-
-def _hooked(module: nn.Module) -> str | None:
-    """The same, of the module itself; by its dict, since a network has hundreds of modules to look at."""
-    state = module.__dict__
-    if (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-    ):
-        return "it has hooks"
-    if "forward" in state:
-        return "its forward was replaced"
-    if state.get("_compiled_call_impl") is not None:
-        return "it is compiled by itself"
-    return None
-
-
-def _obstacle_in(module: nn.Module, layout: BlockLayout | TransitionLayout) -> str | None:
-    """Why the children of ``module`` are not exactly the stock modules of its layout, or ``None``."""
-    if list(module._modules) != list(layout.parts):
-        return f"its children are {', '.join(module._modules)} instead of {', '.join(layout.parts)}"
-    served = layout.conv1 if isinstance(layout, BlockLayout) and not layout.conv2 else ""  # with a bias too
-    for name, child in module._modules.items():
-        reason = _unlike_stock(cast(nn.Module, child))
-        if reason is None and isinstance(child, BatchNorm) and carries_relu(child) != layout.norms_activate:
-            reason = "it has no ReLU" if layout.norms_activate else "it has a ReLU of its own"
-        if reason is None and isinstance(child, Conv) and child.bias is not None and name != served:
-            reason = "it has a bias"
-        if reason:
-            return f"{name}: {reason}"
-    if len({_DIMS[kind] for kind in map(type, module._modules.values()) if kind in _DIMS}) > 1:
-        return "its children have different spatial dimensions"
-    return _global_hooks()
-
-
-def _unusual(module: nn.Module) -> str | None:
-    """Why the ops would not reproduce a stock module of a DenseNet, or ``None``."""
-    return _unlike_stock(module) or _global_hooks()
-
-
-def _unlike_stock(module: nn.Module) -> str | None:
-    """The same, of the module itself."""
-    kind = type(module)
-    if kind not in _STOCK:
-        return f"it is a {kind.__name__}"
-    state = module.__dict__
-    for attribute, expected in _STOCK[kind].items():
-        if state[attribute] not in expected:
-            return f"its {attribute} is {state[attribute]}"
-    if issubclass(kind, Conv) and state["padding"][0] != state["kernel_size"][0] // 2:
-        return f"its padding is {state['padding']}"
-    if kind in _NORM_ACTS:
-        act, drop = state["_modules"].get("act"), state["_modules"].get("drop")
-        if type(act) is not nn.ReLU or type(drop) is not nn.Identity:
-            return f"it has the activation {type(act).__name__}, and {type(drop).__name__}"
-        return _hooked(module) or _hooked(act) or _hooked(drop)
-    return _hooked(module)
-
-
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_POOLS = ((nn.AvgPool1d, nn.MaxPool1d), (nn.AvgPool2d, nn.MaxPool2d), (nn.AvgPool3d, nn.MaxPool3d))
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_DIMS: dict[type[nn.Module], int] = {
-    kind: dims
-    for dims, kinds in enumerate(zip(_CONVS, _NORMS, *zip(*_POOLS, strict=True), strict=True), start=3)
-    for kind in kinds
-}
-"""Dimensions of what goes through a module; those that are not here, such as SyncBatchNorm, take any."""
-
-
-def _stock(dims: int) -> dict[type[nn.Module], dict[str, tuple[Any, ...]]]:
-    """The modules of ``dims`` spatial dimensions that the ops reproduce, with the settings they do it for."""
-
-    def alike(size: int) -> tuple[Any, ...]:
-        return size, (size,) * dims
-
-    zero, one, two, three = map(alike, range(4))
-    avg_pool, max_pool = _POOLS[dims - 1]
-    conv = dict(
-        kernel_size=(one[1], three[1]),
-        stride=(one[1],),
-        padding=(zero[1], one[1]),
-        dilation=(one[1],),
-        groups=(1,),
-        padding_mode=("zeros",),
-    )
-    average = dict(kernel_size=two, stride=two, padding=zero, ceil_mode=(False,))
-    average |= dict(divisor_override=(None,)) if dims > 1 else {}
-    maximum = dict(
-        kernel_size=three, stride=two, padding=one, dilation=one, ceil_mode=(False,), return_indices=(False,)
-    )
-    return {_CONVS[dims - 1]: conv, avg_pool: average, max_pool: maximum}
-
-
-_STOCK: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
-    **{kind: {} for kind in (*_NORMS, nn.SyncBatchNorm, nn.ReLU)},
-    **{kind: {} for kind in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)},
-    **_stock(1),
-    **_stock(2),
-    **_stock(3),
-}
-"""The modules that the ops reproduce, with the settings they do it for."""
-
-_NORM_ACTS: set[type[nn.Module]] = set()
-"""Those of them that are norms with a ReLU of their own, a child ``act``."""
-
-
-def serve_norm_act(kind: type[nn.Module]) -> None:
-    """Have the ops serve a class of norms that carry their activation as a child ``act``, and a dropout ``drop``."""
-    _STOCK.setdefault(kind, {})
-    _NORM_ACTS.add(kind)
-
-
-def is_served(module: nn.Module) -> bool:
-    """Whether the ops reproduce modules of its class, at least with some settings."""
-    return type(module) in _STOCK
-
-
-def carries_relu(norm: nn.Module) -> bool:
-    """Whether a norm is of these."""
-    return type(norm) in _NORM_ACTS
-
-
-def _global_hooks() -> str | None:
-    """What would be bypassed of every module."""
-    if (
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    ):
-        return "modules have global hooks"
-    return None
-
-
 def _autocasts(x: Tensor) -> bool:
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
@@ -570,7 +424,7 @@ def _conv_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 def _stock_computes(x: Tensor, norm: BatchNorm, weight: Tensor | None = None) -> bool:
     """Whether stock PyTorch takes x in this norm and this convolution; where not, the reference raises its error."""
-    if x.dim() != _DIMS.get(type(norm), x.dim()) or (weight is not None and x.dim() != weight.dim()):
+    if x.dim() != DIMS.get(type(norm), x.dim()) or (weight is not None and x.dim() != weight.dim()):
         return False
     if weight is not None and (weight.dtype == torch.float64 if _autocasts(x) else x.dtype != weight.dtype):
         return False
@@ -602,109 +456,3 @@ def _dropout_mask(x: Tensor, conv: Conv, layer: Layer, channels_last: bool) -> T
         return empty_channels_last(shape, torch.bool, device).copy_(kept)
     empty = empty_channels_last if channels_last or is_channels_last(conv.weight) else torch.empty
     return F.dropout(empty(shape, dtype=dtype, device=device).fill_(1), layer.drop_rate, training=True) != 0
-
-
-def _uses_batch_stats(norm: BatchNorm) -> bool:
-    return norm.training or norm._buffers["running_mean"] is None
-
-
-def _group_of(norm: BatchNorm) -> str:
-    """The name of the process group over whose batches a norm takes its statistics; "" for this process's alone."""
-    if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and dist.is_available() and dist.is_initialized()):
-        return ""
-    group = cast(dist.ProcessGroup, norm.process_group or dist.group.WORLD)
-    return group.group_name if dist.get_world_size(group) > 1 else ""
-
-
-def _groups(norms: Sequence[BatchNorm]) -> set[str]:
-    """Of all norms that use the statistics of a batch."""
-    return {_group_of(norm) for norm in norms if _uses_batch_stats(norm)}
-
-
-def _affine(norm: BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    weight, bias = _parameter(norm, "weight"), _parameter(norm, "bias")
-    return (
-        x.new_ones(norm.num_features) if weight is None else weight,
-        x.new_zeros(norm.num_features) if bias is None else bias,
-    )
-
-
-def _parameter(module: nn.Module, name: str) -> Any:
-    """By the dict, which is quick; the replicas that ``DataParallel`` makes of a module have it empty."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
-
-
-def _norm_lists(norms: list[BatchNorm], x: Tensor) -> tuple[list[Tensor], ...]:
-    """Weights, biases, running means, running variances; the latter two empty where the batch's are used."""
-    unread = x.new_empty(0)
-    vectors = [
-        (*_affine(norm, x), *((unread, unread) if _uses_batch_stats(norm) else _running_stats(norm))) for norm in norms
-    ]
-    return tuple([list(column) for column in zip(*vectors, strict=True)]) if vectors else ([], [], [], [])
-
-
-def _norm_for(norm: BatchNorm, x: Tensor, stats: BatchStats | None, backend: str) -> Norm:
-    """The norm as an op takes it; its running statistics are updated if it is training."""
-    if not _uses_batch_stats(norm):
-        return Norm(*_affine(norm, x), *_running_stats(norm), norm.eps, False)
-    group = _group_of(norm)
-    if stats is None or stats.group != group:
-        count = _count(x, group)
-        mean, var = ops.channel_stats(x, backend=backend, group=group)
-        stats = BatchStats(mean, var, count, group)
-    _update_running_stats([norm], [ChannelStats(stats.mean, stats.var)], stats.pixels)
-    return Norm(*_affine(norm, x), stats.mean, stats.var, norm.eps, True, group)
-
-
-def _count(x: Tensor, group: str) -> int | Tensor:
-    """Values of a channel in a batch, or in those of a group's processes: then float64, on x's device."""
-    count = x.numel() // x.shape[1]
-    if group:
-        from torch.distributed import _functional_collectives as functional  # not every build has it
-
-        own = torch.tensor(float(count), dtype=torch.float64, device=x.device)
-        return functional.all_reduce(own, "sum", group)  # type: ignore[arg-type]  # a name
-    if count == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-    return count
-
-
-@torch.no_grad()
-def _update_running_stats(norms: Sequence[BatchNorm], stats: Sequence[ChannelStats], count: int | Tensor) -> None:
-    """What each training BatchNorm does with the statistics of its batch of ``count`` values per channel.
-
-    Nothing when a checkpoint runs the forward again inside a backward: they were updated the first time.
-    """
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-        return
-    tracking = [
-        (norm, batch)
-        for norm, batch in zip(norms, stats, strict=True)
-        if norm.training and norm.track_running_stats and norm.running_mean is not None
-    ]
-    if not tracking:
-        return
-    torch._foreach_add_([_buffer(norm, "num_batches_tracked") for norm, _ in tracking], 1)
-    by_momentum = defaultdict(list)
-    for norm, batch in tracking:
-        by_momentum[norm.momentum].append((norm, batch))
-    for momentum, group in by_momentum.items():
-        running = [_buffer(norm, name) for name in ("running_mean", "running_var") for norm, _ in group]
-        unbiased = torch._foreach_mul([batch.var for _, batch in group], count / (count - 1))
-        values = [batch.mean for _, batch in group] + list(unbiased)
-        values = [value.to(target.dtype) for value, target in zip(values, running, strict=True)]
-        if momentum is None:  # the average of all batches so far
-            shares = [_buffer(norm, "num_batches_tracked").double().reciprocal() for norm, _ in group] * 2
-            for target, value, share in zip(running, values, shares, strict=True):
-                target.lerp_(value, share.to(target.dtype))
-        else:
-            torch._foreach_lerp_(running, values, momentum)
-
-
-def _running_stats(norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    return _buffer(norm, "running_mean"), _buffer(norm, "running_var")
-
-
-def _buffer(norm: BatchNorm, name: str) -> Tensor:
-    return cast(Tensor, norm._buffers[name])

@@ -7,16 +7,9 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn.modules.pooling import _MaxPoolNd
 
-from .modules import (
-    BatchNorm,
-    BatchStats,
-    FusedBlock,
-    FusedTransition,
-    carries_relu,
-    hooked,
-    is_channels_last,
-    stem_tail,
-)
+from .modules import FusedBlock, FusedTransition, is_channels_last, stem_tail
+from .norms import BatchStats
+from .served import BatchNorm, carries_relu, hooked
 
 
 class FastSequential(nn.Sequential):

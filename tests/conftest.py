@@ -22,7 +22,7 @@ if not torch.cuda.is_available():  # before fastdense looks for Triton
 
 import fastdense
 from fastdense import FastDenseBlock, FastDenseNet, FastTransition, parity
-from fastdense.modules import BatchNorm
+from fastdense.served import BatchNorm
 
 settings.register_profile(
     "fastdense",

@@ -16,8 +16,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdense
 from fastdense import FallbackWarning, FastDenseBlock, FastDenseNet, FastTransition
-from fastdense.modules import BatchNorm
 from fastdense.parity import BUDGETS, Row, compare, failures, observe, relative_error
+from fastdense.served import BatchNorm
 
 CONFIG = dict(growth_rate=8, block_config=(2, 2), num_init_features=8, num_classes=5)
 EXACT = BUDGETS[torch.float64].floor

@@ -22,7 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import fastdense
 from fastdense import FallbackWarning, parity
 from fastdense.memory import saved_activation_bytes
-from fastdense.modules import FusedBlock, FusedTransition, carries_relu
+from fastdense.modules import FusedBlock, FusedTransition
+from fastdense.served import carries_relu
 
 EXACT = parity.BUDGETS[torch.float64].floor
 

@@ -7,7 +7,8 @@ from torch import nn
 import fastdense
 from fastdense import ops
 from fastdense.kernels.contract import Norm
-from fastdense.modules import BatchNorm, head, stem_tail
+from fastdense.modules import head, stem_tail
+from fastdense.served import BatchNorm
 
 MODES = ("train", "frozen", "mixed")
 every_dimension = pytest.mark.parametrize("dims", [1, 2, 3], ids="{}-D".format)

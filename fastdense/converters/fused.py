@@ -13,7 +13,8 @@ from typing import Any, cast
 from torch import nn
 
 from ..layouts import BlockLayout, TransitionLayout
-from ..modules import FusedBlock, FusedTransition, serve_norm_act
+from ..modules import FusedBlock, FusedTransition
+from ..served import serve_norm_act
 from .structure import Unread
 
 Layout = BlockLayout | TransitionLayout

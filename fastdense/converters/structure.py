@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..layouts import BlockLayout, TransitionLayout
-from ..modules import carries_relu, is_served
+from ..served import carries_relu, is_served
 
 APPEND = {
     "timm.models.densenet.DenseBlock",

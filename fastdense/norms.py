@@ -1,0 +1,134 @@
+"""BatchNorms as the ops take them: parameters, statistics, and what a training norm does with its batch's.
+
+Statistics belong to channels, and are made once: by the op that makes the channels, or here where none did. A norm
+of several processes (``SyncBatchNorm``) has those of all their batches.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import ops
+from .kernels.contract import ChannelStats, Norm
+from .served import BatchNorm
+
+
+class BatchStats(NamedTuple):
+    """Statistics of a batch, on their way from where they were made to the norms that use them."""
+
+    mean: Tensor  # [C]
+    var: Tensor  # [C], biased
+    pixels: int | Tensor  # values of a channel
+    group: str  # of the processes whose batches they are of, "" for this one alone
+
+
+def uses_batch_stats(norm: BatchNorm) -> bool:
+    return norm.training or norm._buffers["running_mean"] is None
+
+
+def group_of(norm: BatchNorm) -> str:
+    """The name of the process group over whose batches a norm takes its statistics; "" for this process's alone."""
+    if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and dist.is_available() and dist.is_initialized()):
+        return ""
+    group = cast(dist.ProcessGroup, norm.process_group or dist.group.WORLD)
+    return group.group_name if dist.get_world_size(group) > 1 else ""
+
+
+def groups(norms: Sequence[BatchNorm]) -> set[str]:
+    """Of all norms that use the statistics of a batch."""
+    return {group_of(norm) for norm in norms if uses_batch_stats(norm)}
+
+
+def _affine(norm: BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    weight, bias = parameter(norm, "weight"), parameter(norm, "bias")
+    return (
+        x.new_ones(norm.num_features) if weight is None else weight,
+        x.new_zeros(norm.num_features) if bias is None else bias,
+    )
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """By the dict, which is quick; the replicas that ``DataParallel`` makes of a module have it empty."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
+def norm_lists(norms: list[BatchNorm], x: Tensor) -> tuple[list[Tensor], ...]:
+    """Weights, biases, running means, running variances; the latter two empty where the batch's are used."""
+    unread = x.new_empty(0)
+    vectors = [
+        (*_affine(norm, x), *((unread, unread) if uses_batch_stats(norm) else _running_stats(norm))) for norm in norms
+    ]
+    return tuple([list(column) for column in zip(*vectors, strict=True)]) if vectors else ([], [], [], [])
+
+
+def norm_for(norm: BatchNorm, x: Tensor, stats: BatchStats | None, backend: str) -> Norm:
+    """The norm as an op takes it; its running statistics are updated if it is training."""
+    if not uses_batch_stats(norm):
+        return Norm(*_affine(norm, x), *_running_stats(norm), norm.eps, False)
+    group = group_of(norm)
+    if stats is None or stats.group != group:
+        count = count_of(x, group)
+        mean, var = ops.channel_stats(x, backend=backend, group=group)
+        stats = BatchStats(mean, var, count, group)
+    update_running_stats([norm], [ChannelStats(stats.mean, stats.var)], stats.pixels)
+    return Norm(*_affine(norm, x), stats.mean, stats.var, norm.eps, True, group)
+
+
+def count_of(x: Tensor, group: str) -> int | Tensor:
+    """Values of a channel in a batch, or in those of a group's processes: then float64, on x's device."""
+    count = x.numel() // x.shape[1]
+    if group:
+        from torch.distributed import _functional_collectives as functional  # not every build has it
+
+        own = torch.tensor(float(count), dtype=torch.float64, device=x.device)
+        return functional.all_reduce(own, "sum", group)  # type: ignore[arg-type]  # a name
+    if count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    return count
+
+
+@torch.no_grad()
+def update_running_stats(norms: Sequence[BatchNorm], stats: Sequence[ChannelStats], count: int | Tensor) -> None:
+    """What each training BatchNorm does with the statistics of its batch of ``count`` values per channel.
+
+    Nothing when a checkpoint runs the forward again inside a backward: they were updated the first time.
+    """
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        return
+    tracking = [
+        (norm, batch)
+        for norm, batch in zip(norms, stats, strict=True)
+        if norm.training and norm.track_running_stats and norm.running_mean is not None
+    ]
+    if not tracking:
+        return
+    torch._foreach_add_([_buffer(norm, "num_batches_tracked") for norm, _ in tracking], 1)
+    by_momentum = defaultdict(list)
+    for norm, batch in tracking:
+        by_momentum[norm.momentum].append((norm, batch))
+    for momentum, group in by_momentum.items():
+        running = [_buffer(norm, name) for name in ("running_mean", "running_var") for norm, _ in group]
+        unbiased = torch._foreach_mul([batch.var for _, batch in group], count / (count - 1))
+        values = [batch.mean for _, batch in group] + list(unbiased)
+        values = [value.to(target.dtype) for value, target in zip(values, running, strict=True)]
+        if momentum is None:  # the average of all batches so far
+            shares = [_buffer(norm, "num_batches_tracked").double().reciprocal() for norm, _ in group] * 2
+            for target, value, share in zip(running, values, shares, strict=True):
+                target.lerp_(value, share.to(target.dtype))
+        else:
+            torch._foreach_lerp_(running, values, momentum)
+
+
+def _running_stats(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    return _buffer(norm, "running_mean"), _buffer(norm, "running_var")
+
+
+def _buffer(norm: BatchNorm, name: str) -> Tensor:
+    return cast(Tensor, norm._buffers[name])
