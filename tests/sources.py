@@ -10,6 +10,7 @@ import pytest
 import torch
 import wild
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Source:
     package: str | None
     make: Callable[..., nn.Module]
     size: int = 64
+    spatial_dims: int = 2
     dropout: str = ""  # the argument that drops new features, if there is one
     dropout_rate: float = 0.4
     without_gradient: tuple[str, ...] = ()  # biases before a norm, whose gradient in training is zero
@@ -32,7 +34,7 @@ class Source:
         for name in self.without_gradient:
             model.get_parameter(name).requires_grad_(False)
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, _BatchNorm):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, std=0.3)
                 nn.init.normal_(module.running_mean, std=0.3)
@@ -41,7 +43,7 @@ class Source:
 
     def images(self, count: int = 2, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(count, 3, self.size, self.size, generator=generator)
+        return torch.randn(count, 3, *[self.size] * self.spatial_dims, generator=generator)
 
 
 def _torchvision(**options: Any) -> nn.Module:
@@ -89,6 +91,12 @@ SOURCES = {
     "timm": Source("timm", _timm, dropout="proj_drop_rate"),
     "timm deep stem": Source("timm", lambda **options: _timm(stem_type="deep", **options)),
     "MONAI": Source("monai", _monai, dropout="dropout_prob"),
+    "MONAI of signals": Source(
+        "monai", lambda **options: _monai(spatial_dims=1, **options), 256, 1, dropout="dropout_prob"
+    ),
+    "MONAI of volumes": Source(
+        "monai", lambda **options: _monai(spatial_dims=3, **options), 40, 3, dropout="dropout_prob"
+    ),
     "torchxrayvision": Source("torchxrayvision", _torchxrayvision, dropout="drop_rate"),
     "segmentation_models_pytorch": Source("segmentation_models_pytorch", Taps, dropout="drop_rate"),
     "gpleiss": Source(None, wild.EfficientDenseNet, size=16, dropout="drop_rate"),
@@ -96,8 +104,8 @@ SOURCES = {
     "FC-DenseNet": Source(
         None,
         lambda drop_rate=0.0: wild.FCDenseNet(drop_rate=drop_rate),
-        16,
-        "drop_rate",
+        size=16,
+        dropout="drop_rate",
         without_gradient=("firstconv.bias", "transUpBlocks.0.convTrans.bias", "transUpBlocks.1.convTrans.bias"),
     ),
     "kuangliu": Source(None, wild.KuangliuDenseNet, size=16),

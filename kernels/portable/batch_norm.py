@@ -99,22 +99,27 @@ def affine_relu(x: Tensor, vectors: Affine, out: Tensor | None = None) -> Tensor
     return torch.addcmul(vectors.shift, cast(x, vectors.scale.dtype), vectors.scale, out=out).relu_()
 
 
-def _image(x: Tensor) -> Tensor:
-    """[M, C] as one image [1, C, M, 1], whose channels-last memory PyTorch's kernels of BatchNorm know."""
+def _as_norms_see(x: Tensor, chunk: Chunk) -> Tensor:
+    """A chunk's [M, C] in the layout that PyTorch's own norms would have it in, whose kernels differ in exactness.
+
+    As one image [1, C, M, 1] in channels-last memory; of sequences contiguous, [1, C, M], whose sums are exacter.
+    """
+    if chunk.is_of_sequences:
+        return x.t().contiguous().unsqueeze(0)
     (pixels, channels), (step, inner) = x.shape, x.stride()
     return x.as_strided((1, channels, pixels, 1), (pixels * step, inner, step, step))
 
 
-def row_stats(x: Tensor) -> ChannelStats:
-    """Mean and biased variance of each channel of [M, C], in the accumulator dtype."""
-    x = _image(cast(x, accumulator_dtype(x.dtype)))
+def row_stats(x: Tensor, chunk: Chunk) -> ChannelStats:
+    """Mean and biased variance of each channel of a chunk's [M, C], in the accumulator dtype."""
+    x = _as_norms_see(cast(x, accumulator_dtype(x.dtype)), chunk)
     return ChannelStats(*torch.batch_norm_update_stats(x, None, None, 0.0))
 
 
 def channel_stats(x: Tensor) -> ChannelStats:
     """Mean and biased variance of each channel of [N, C, *spatial], in the accumulator dtype."""
     source, parts = rows(x), chunks(x.shape, x.device)
-    return merge_stats([row_stats(chunk.of(source).contiguous()) for chunk in parts], parts)
+    return merge_stats([row_stats(chunk.of(source).contiguous(), chunk) for chunk in parts], parts)
 
 
 def zero_stats(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> ChannelStats:
@@ -139,10 +144,11 @@ def mask_by_relu(dz: Tensor, z: Tensor, out: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward.grad_input(dz, z, 0, grad_input=out)
 
 
-def norm_sums(da: Tensor, x: Tensor, vectors: Affine) -> tuple[Tensor, Tensor]:
-    """s1 = sum(da) and s2 = sum(da * xhat), both [C], of dense [M, C] of the accumulator dtype."""
+def norm_sums(da: Tensor, x: Tensor, vectors: Affine, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    """s1 = sum(da) and s2 = sum(da * xhat), both [C], of a chunk's dense [M, C] of the accumulator dtype."""
+    da, x = _as_norms_see(da, chunk), _as_norms_see(x, chunk)
     _, s2, s1 = torch.ops.aten.native_batch_norm_backward(
-        _image(da), _image(x), vectors.weight, None, None, vectors.mean, vectors.rstd, True, 0.0, [False, True, True]
+        da, x, vectors.weight, None, None, vectors.mean, vectors.rstd, True, 0.0, [False, True, True]
     )
     return s1, s2
 
@@ -220,7 +226,7 @@ def norm_relu_backward(dz: Callable[[Chunk, Tensor], Tensor], x: Tensor, norm: N
         x_chunk = scratch("x", *size).copy_(chunk.of(source))
         z = affine_relu(x_chunk, vectors, scratch("z", *size))
         part = mask_by_relu(rows(dz(chunk, images(z, chunk.shape))), z, out=chunk.of(da))
-        sums.append(norm_sums(part, x_chunk, vectors))
+        sums.append(norm_sums(part, x_chunk, vectors, chunk))
     s1, s2 = add_up(sums)
     through = shares([vectors], len(source))[0].correction(s1, s2) if norm.batch_stats else None
     group = join(norm.group, len(source), x.device)

@@ -24,6 +24,10 @@ class Chunk(NamedTuple):
     def pixels(self) -> int:
         return self.rows.stop - self.rows.start
 
+    @property
+    def is_of_sequences(self) -> bool:
+        return len(self.shape) == 2
+
     def of(self, x: Tensor) -> Tensor:
         """Its rows of [M, C]; those of all images without a slice, which in a deep network adds up."""
         return x if self.pixels == len(x) else x[self.rows]

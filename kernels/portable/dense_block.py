@@ -94,7 +94,7 @@ class _NormReluConv:
             else:
                 chunk.of(out).copy_(y)
             if want_stats:
-                stats.append(row_stats(y))
+                stats.append(row_stats(y, chunk))
         assert out is not None
         return out, merge_stats(stats, parts) if want_stats else None
 
@@ -287,7 +287,7 @@ def dense_block_backward(
             da = torch.empty(hidden.shape, dtype=acc, device=device)
             narrow = chunks((n, layers.bottleneck_channels, *spatial), device)
             halves = second.backward((chunk.of(dy) for chunk in narrow), hidden, narrow, needs.conv2[layer], da)
-            s1, s2 = add_up([norm_sums(part, x, norm2) for _, x, part in halves])
+            s1, s2 = add_up([norm_sums(part, x, norm2, chunk) for chunk, x, part in halves])
             own = shares2[layer].correction(s1, s2) if layers.norm2_batch_stats[layer] else None
             if own and group:
                 group.add_up(own.p, own.q)
@@ -302,7 +302,7 @@ def dense_block_backward(
 
         prefix, sums = grad[:, :channels], []
         for chunk, x, da in first.backward(dys, source, parts, needs.conv1[layer]):
-            sums.append(norm_sums(da, x, norm1))
+            sums.append(norm_sums(da, x, norm1, chunk))
             chunk.of(prefix).addcmul_(da, norm1.scale)
         s1, s2 = add_up(sums)
         if layers.norm1_batch_stats[layer]:
