@@ -381,8 +381,8 @@ def _fast_backend(module: nn.Module, x: Tensor, obstacle: Callable[[], str | Non
         if groups([m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]) - {""}:
             # the other processes would wait for what the reference does not send
             raise ValueError(
-                "SyncBatchNorm over several processes needs [N, C, *spatial] on each, N >= 1, outside torch.func's "
-                f"transforms; got {list(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
+                "SyncBatchNorm over several processes needs images [N, C, *spatial] on each, N >= 1, outside "
+                f"torch.func's transforms; got {list(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
             )
         return None  # the reference knows what PyTorch does with these
     backend = backends.select(x.device, x.dtype, x.dim() - 2)

@@ -140,7 +140,8 @@ def test_a_whole_network_equals_the_reference_in_float64(dims):
 
 def test_wrong_shapes():
     x = torch.randn(2, 3, 4, 3)
-    layers = fastdense.FastDenseBlock(2, 3, 2, 2)._gather(x, channels_last=False)
+    block = fastdense.FastDenseBlock(2, 3, 2, 2)
+    layers = block._gather(block.dense_layers(), x, channels_last=False)
     run = {"dtype": torch.float32, "save_bottleneck": True, "backend": "torch"}
     with pytest.raises(ValueError, match=r"dense_block: x must be \[N, C, H, W\], .* got shape \[4, 3\]"):
         ops.dense_block(x[0, 0], layers, **run)
