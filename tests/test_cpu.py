@@ -298,10 +298,10 @@ def test_training_repeats_its_bits(kernels, threads, count, precision, twins, ra
         return {name: p.grad for name, p in model.named_parameters()}
 
     narrow = dtype != torch.float32
+    threads(count)
     sums_in_floats = torch.channels_last if kernels == "portable" else torch.contiguous_format  # PyTorch's norms
     stocks = gradients(stock, x.contiguous(memory_format=sums_in_floats), narrow)
     exact = gradients(copy.deepcopy(stock).double(), x.double())
-    threads(count)
     first, second = gradients(net, x, narrow), gradients(net, x, narrow)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert_within_budget(first, stocks, exact, dtype)

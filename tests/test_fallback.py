@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import prune as prune_module
 
 import fastdense
-from fastdense import FallbackWarning, backends, modules, reference
+from fastdense import FallbackWarning, backends, norms, reference
 from fastdense.kernels.cpu import library as cpu_library
 
 
@@ -181,7 +181,7 @@ def test_layers_of_another_class_and_uneven_modes(pair, x):
 def test_normalised_over_different_processes(pair, x, monkeypatch):
     stock, fast = pair
     other = fast.denselayer2.norm1
-    monkeypatch.setattr(modules, "_group_of", lambda norm: "other" if norm is other else "")
+    monkeypatch.setattr(norms, "group_of", lambda norm: "other" if norm is other else "")
     assert_falls_back(fast, stock, x, "its norms take their statistics over different processes")
 
 
