@@ -25,7 +25,7 @@ def hooked(module: nn.Module) -> str | None:
 
 
 def own_hooks(module: nn.Module) -> str | None:
-    """The same, of the module itself; by its dict, since a network has hundreds of modules to look at."""
+    """The same, of the module itself."""
     state = module.__dict__
     if (
         state["_forward_hooks"]
@@ -46,9 +46,9 @@ def obstacle_in(module: nn.Module, layout: BlockLayout | TransitionLayout) -> st
     if list(module._modules) != list(layout.parts):
         return f"its children are {', '.join(module._modules)} instead of {', '.join(layout.parts)}"
     served = layout.conv1 if isinstance(layout, BlockLayout) and not layout.conv2 else ""  # with a bias too
-    for name, child in module._modules.items():
-        reason = _unlike_stock(cast(nn.Module, child))
-        if reason is None and isinstance(child, BatchNorm) and carries_relu(child) != layout.norms_activate:
+    for name, child in cast(dict[str, nn.Module], module._modules).items():
+        reason = _unlike_stock(child)
+        if reason is None and carries_relu(child) != layout.norms_activate and isinstance(child, BatchNorm):
             reason = "it has no ReLU" if layout.norms_activate else "it has a ReLU of its own"
         if reason is None and isinstance(child, Conv) and child.bias is not None and name != served:
             reason = "it has a bias"
