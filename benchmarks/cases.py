@@ -16,7 +16,6 @@ from .contenders import (
     NAIVE_AND_FAST,
     Contender,
 )
-from .results import has_bfloat16
 from .subjects import CIFAR_NETWORKS, DENSENET121, DTYPES, SUBJECTS, Network, Subject, deep_densenet
 from .training import Program
 
@@ -109,12 +108,6 @@ class Suite:
     roofline: tuple[tuple[Network, int], ...] = ()
     programs: tuple[Program, ...] = ()
     """What is trained by naive and by fast."""
-    bfloat16_on_cpu: bool = False
-    """Whether it is measured too, on CPUs that multiply it themselves."""
-
-    def default_dtypes(self, device: str) -> tuple[str, ...]:
-        narrow = device.startswith("cuda") or (self.bfloat16_on_cpu and has_bfloat16())
-        return tuple(DTYPES) if narrow else ("fp32",)
 
     def speed_cases(self, device: str, dtypes: tuple[str, ...]) -> list[SpeedCase]:
         return [
@@ -175,7 +168,7 @@ SUITES = {
         roofline=((DENSENET121, 4),),
         programs=(Program("densenet_bc_22_24", epochs=5, seeds=1),),
     ),
-    "peers": Suite(meetings=_PEERS, seconds=10, fewest_rounds=6, memory_of_meetings=True, bfloat16_on_cpu=True),
+    "peers": Suite(meetings=_PEERS, seconds=10, fewest_rounds=6, memory_of_meetings=True),
     "scaling": Suite(
         depths=(40, 70, 100, 148, 190, 250, 298),
         batches=(1, 2, 4, 8, 16, 32, 64),
@@ -199,7 +192,6 @@ SUITES = {
         sizes=(64, 128, 192, 256, 320, 384, 448, 512),
         roofline=((DENSENET121, 1), (DENSENET121, 16), (CIFAR_NETWORKS[0], 64)),
         programs=_PROGRAMS,
-        bfloat16_on_cpu=True,
     ),
     "smoke": Suite(
         meetings=(
@@ -218,6 +210,11 @@ SUITES = {
 }  # fmt: skip
 """``quick`` takes about ten minutes on two cores, ``peers`` fifteen, ``training`` half an hour, ``full`` hours;
 ``smoke`` only shows that all parts run."""
+
+
+def default_dtypes(device: str) -> tuple[str, ...]:
+    """What a suite measures unless asked: of a CPU what every one multiplies."""
+    return tuple(DTYPES) if device.startswith("cuda") else ("fp32",)
 
 
 def default_device() -> str:

@@ -29,7 +29,7 @@ def write(path: Path) -> Path:
     page = Environment(autoescape=True, trim_blocks=True).from_string(_TEMPLATE.read_text()).render(
         environment=results["environment"],
         headline=Text.from_markup(tables.headline(results)).plain,
-        is_peers=results["suite"] in ("peers", "full"),
+        is_peers=results["suite"].partition("-")[0] in ("peers", "full"),
         pictures=[{"name": name, "data": base64.b64encode(png).decode()} for name, png in plots.pictures(results)],
         tables=[_plain(table) for table in tables.tables(results)],
         training=list(tables.training_lines(results)),

@@ -54,11 +54,6 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 itself; others emulate it slowly."""
-    return bool(_bfloat16_instructions())
-
-
 def _bfloat16_instructions() -> list[str]:
     return [flag for flag in ("avx512_bf16", "amx_bf16") if flag in _cpuinfo("flags").split()]
 

@@ -28,7 +28,7 @@ from fastdense.cli import positive
 
 from . import parts, rounds, timing, training
 from . import results as results_module
-from .cases import INFERENCE, SUITES, TRAINING, Meeting, MemoryCase, Suite, default_device
+from .cases import INFERENCE, SUITES, TRAINING, Meeting, MemoryCase, Suite, default_device, default_dtypes
 from .contenders import MODES, NAIVE_AND_FAST, Workload
 from .memory import Meter, meter
 from .subjects import DTYPES, Network
@@ -55,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(f"--compare: {error}")
     suite, device = _chosen(options), options.device
-    dtypes = tuple(options.dtype or suite.default_dtypes(device))
-    results: Row = {"suite": options.suite, "environment": results_module.environment(device)}
+    dtypes = tuple(options.dtype or default_dtypes(device))
+    name = "-".join([options.suite, *(options.dtype or [])])
+    results: Row = {"suite": name, "environment": results_module.environment(device)}
     try:
         with Steps(_expected_seconds(suite, device, dtypes)) as steps, _empty_compiler_cache():
             results |= _measured(suite, device, dtypes, steps)
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "torch.compile, OpenVINO, ONNX Runtime, timm, MONAI; scaling: depth, batch, resolution; full: hours",
     )
     parser.add_argument("--device", default=default_device(), help="cpu or cuda (default: the GPU if there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: fp32, and bf16 where the suite has it", **several)
+    parser.add_argument("--dtype", choices=DTYPES, help="default: fp32, and bf16 on a GPU", **several)
     parser.add_argument("--arch", choices=CONFIGS, metavar="NETWORK", help="time these instead", **several)
     parser.add_argument("--size", type=positive, help="their height and width (default: 224)", **several)
     parser.add_argument("--batch", type=positive, help="their images in a batch (default: 8)", **several)
@@ -122,7 +123,7 @@ def _chosen(options: argparse.Namespace) -> Suite:
             Meeting(Network(*network), phase, contenders, tuple(options.batch or [8]))
             for network, phase in itertools.product(networks, filter(None, phases))
         ]
-        suite = Suite(tuple(meetings), suite.seconds, bfloat16_on_cpu=suite.bfloat16_on_cpu)
+        suite = Suite(tuple(meetings), suite.seconds)
     return replace(suite, seconds=options.seconds) if options.seconds else suite
 
 

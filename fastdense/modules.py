@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,11 +27,10 @@ from .norms import (
     groups,
     norm_for,
     norm_lists,
-    parameter,
     update_running_stats,
     uses_batch_stats,
 )
-from .served import DIMS, BatchNorm, Conv, obstacle_in, own_hooks, unusual
+from .served import DIMS, BatchNorm, Conv, obstacle_in, own_hooks, parameter, unusual
 
 
 class FallbackWarning(UserWarning):
@@ -73,15 +71,15 @@ class FusedBlock(nn.Module):
 
         ``channels_last``: the features of the fallback would have that layout, even if x's does not say so.
         """
-        backend = _fast_backend(self, x, self._obstacle)
-        modules = [] if backend is None else self.dense_layers()
-        if backend is None or not _stock_computes(x, modules[0].norm1, modules[0].conv1.weight):
+        modules = self._read()
+        backend = _fast_backend(self, x, modules if isinstance(modules, str) else None)
+        if backend is None or isinstance(modules, str) or not _stock_computes(x, modules[0].norm1, modules[0].conv1):
             return super().forward(x), None  # type: ignore[misc]  # of the class that this one goes before
         layers = self._gather(modules, x, channels_last)
         dtype = _conv_dtype(x, layers.conv1_weight[0])
         uses_batch = any(layers.norm1_batch_stats) or any(layers.norm2_batch_stats)
         count = count_of(x, layers.group) if uses_batch else 0
-        biases = [cast(Tensor, layer.conv1.bias) for layer in modules if layer.conv1.bias is not None]
+        biases = [bias for bias in (parameter(layer.conv1, "bias") for layer in modules) if bias is not None]
         tensors = itertools.chain([x], biases, *layers[:10])
         needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         first = 0  # channel of the features in the buffer
@@ -197,7 +195,11 @@ class FusedBlock(nn.Module):
         return out, stats
 
     def _obstacle(self) -> str | None:
-        """Why the op would not reproduce the layers' forward, or ``None``."""
+        found = self._read()
+        return found if isinstance(found, str) else None
+
+    def _read(self) -> list[Layer] | str:
+        """The layers, or why the op would not reproduce their forward."""
         layout = self._layout
         if layout.layers and list(self._modules) != [layout.layers]:
             return f"its children are {', '.join(self._modules)} instead of {layout.layers}"
@@ -226,12 +228,12 @@ class FusedBlock(nn.Module):
         norms = [norm for layer in layers for norm in (layer.norm1, layer.norm2) if norm is not None]
         if len(groups(norms)) > 1:
             return "its norms take their statistics over different processes"
-        return None
+        return layers
 
 
 def _settings(layer: Layer) -> tuple[Any, ...]:
     """What all layers of a block must have in common."""
-    return layer.drop_rate, layer.drops_channels, layer.drops_every_conv, layer.conv1.bias is None
+    return layer.drop_rate, layer.drops_channels, layer.drops_every_conv, parameter(layer.conv1, "bias") is None
 
 
 def _child(module: nn.Module, name: str) -> nn.Module:
@@ -312,12 +314,12 @@ class FusedTransition(nn.Module):
 
         ``channels_last``: the features of the fallback would have that layout, on which its dropout depends.
         """
-        backend = _fast_backend(self, x, self._obstacle)
+        backend = _fast_backend(self, x, self._obstacle())
         if backend is None:
             return super().forward(x)  # type: ignore[misc]  # of the class that this one goes before
         parts: dict[str, Any] = self._modules
         norm, conv = parts[self._layout.norm], parts[self._layout.conv]
-        if not _stock_computes(x, norm, conv.weight):
+        if not _stock_computes(x, norm, conv):
             return super().forward(x)  # type: ignore[misc]
         if self._drops():
             return super().forward(x if channels_last else x.contiguous())  # type: ignore[misc]
@@ -361,6 +363,7 @@ def stem_tail(norm: BatchNorm, relu: nn.Module | None, pool: nn.Module, x: Tenso
         for part in parts:
             x = part(x)
         return x
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1)  # once for the statistics, the pool and the backward
     return ops.stem_tail(x, norm_for(norm, x, None, backend), backend=backend)
 
 
@@ -375,8 +378,8 @@ def head(norm: BatchNorm, x: Tensor, stats: BatchStats | None) -> Tensor:
 # -- what the modules share ----------------------------------------------------------------------------------
 
 
-def _fast_backend(module: nn.Module, x: Tensor, obstacle: Callable[[], str | None] = lambda: None) -> str | None:
-    """The backend for ``x``, or ``None`` where the reference must run: on request, or for a reason warned of."""
+def _fast_backend(module: nn.Module, x: Tensor, obstacle: str | None = None) -> str | None:
+    """The backend for ``x``, or ``None`` where the reference must run: on request, or for an obstacle, warned of."""
     if not isinstance(x, Tensor) or x.dim() not in (3, 4, 5) or x.numel() == 0 or _is_transformed():
         if groups([m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]) - {""}:
             # the other processes would wait for what the reference does not send
@@ -388,12 +391,11 @@ def _fast_backend(module: nn.Module, x: Tensor, obstacle: Callable[[], str | Non
     backend = backends.select(x.device, x.dtype, x.dim() - 2)
     if backend == backends.REFERENCE:
         return None
-    reason = obstacle()
-    if reason is None:
+    if obstacle is None:
         return backend
     if not getattr(module, "_warned_of_fallback", False):
         module.__dict__["_warned_of_fallback"] = True
-        _warn(f"{type(module).__name__} runs the reference implementation, without its savings: {reason}")
+        _warn(f"{type(module).__name__} runs the reference implementation, without its savings: {obstacle}")
     return None
 
 
@@ -422,8 +424,9 @@ def _conv_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else weight.dtype
 
 
-def _stock_computes(x: Tensor, norm: BatchNorm, weight: Tensor | None = None) -> bool:
+def _stock_computes(x: Tensor, norm: BatchNorm, conv: Conv | None = None) -> bool:
     """Whether stock PyTorch takes x in this norm and this convolution; where not, the reference raises its error."""
+    weight = None if conv is None else parameter(conv, "weight")
     if x.dim() != DIMS.get(type(norm), x.dim()) or (weight is not None and x.dim() != weight.dim()):
         return False
     if weight is not None and (weight.dtype == torch.float64 if _autocasts(x) else x.dtype != weight.dtype):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .kernels.contract import ChannelStats, Norm
-from .served import BatchNorm
+from .served import BatchNorm, parameter
 
 
 class BatchStats(NamedTuple):
@@ -51,12 +51,6 @@ def _affine(norm: BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
         x.new_ones(norm.num_features) if weight is None else weight,
         x.new_zeros(norm.num_features) if bias is None else bias,
     )
-
-
-def parameter(module: nn.Module, name: str) -> Any:
-    """By the dict, which is quick; the replicas that ``DataParallel`` makes of a module have it empty."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def norm_lists(norms: list[BatchNorm], x: Tensor) -> tuple[list[Tensor], ...]:

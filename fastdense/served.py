@@ -5,6 +5,9 @@ Looked at in every forward, so by the modules' dicts: a network has hundreds of 
 
 from __future__ import annotations
 
+import itertools
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from torch import nn
@@ -17,6 +20,12 @@ BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 """The convolutions that they compute."""
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """By the dict, which is quick; the replicas that ``DataParallel`` makes of a module have it empty."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def hooked(module: nn.Module) -> str | None:
@@ -43,14 +52,14 @@ def own_hooks(module: nn.Module) -> str | None:
 
 def obstacle_in(module: nn.Module, layout: BlockLayout | TransitionLayout) -> str | None:
     """Why the children of ``module`` are not exactly the stock modules of its layout, or ``None``."""
-    if list(module._modules) != list(layout.parts):
+    if tuple(module._modules) != layout.parts:
         return f"its children are {', '.join(module._modules)} instead of {', '.join(layout.parts)}"
     served = layout.conv1 if isinstance(layout, BlockLayout) and not layout.conv2 else ""  # with a bias too
     for name, child in cast(dict[str, nn.Module], module._modules).items():
         reason = _unlike_stock(child)
         if reason is None and carries_relu(child) != layout.norms_activate and isinstance(child, BatchNorm):
             reason = "it has no ReLU" if layout.norms_activate else "it has a ReLU of its own"
-        if reason is None and isinstance(child, Conv) and child.bias is not None and name != served:
+        if reason is None and type(child) in _CONVS and parameter(child, "bias") is not None and name != served:
             reason = "it has a bias"
         if reason:
             return f"{name}: {reason}"
@@ -67,16 +76,14 @@ def unusual(module: nn.Module) -> str | None:
 def _unlike_stock(module: nn.Module) -> str | None:
     """The same, of the module itself."""
     kind = type(module)
-    if kind not in _STOCK:
+    settings = _STOCK.get(kind)
+    if settings is None:
         return f"it is a {kind.__name__}"
-    state = module.__dict__
-    for attribute, expected in _STOCK[kind].items():
-        if state[attribute] not in expected:
-            return f"its {attribute} is {state[attribute]}"
-    if issubclass(kind, Conv) and state["padding"][0] != state["kernel_size"][0] // 2:
-        return f"its padding is {state['padding']}"
+    obstacle = settings.obstacle(module.__dict__)
+    if obstacle is not None:
+        return obstacle
     if kind in _NORM_ACTS:
-        act, drop = state["_modules"].get("act"), state["_modules"].get("drop")
+        act, drop = module._modules.get("act"), module._modules.get("drop")
         if type(act) is not nn.ReLU or type(drop) is not nn.Identity:
             return f"it has the activation {type(act).__name__}, and {type(drop).__name__}"
         return own_hooks(module) or own_hooks(act) or own_hooks(drop)
@@ -94,7 +101,30 @@ DIMS: dict[type[nn.Module], int] = {
 """Dimensions of what goes through a module; those that are not here, such as SyncBatchNorm, take any."""
 
 
-def _stock(dims: int) -> dict[type[nn.Module], dict[str, tuple[Any, ...]]]:
+class _Settings:
+    """The combinations of a module's attributes for which the ops reproduce it."""
+
+    def __init__(self, **options: Sequence[Any]) -> None:
+        self._names = tuple(options)
+        self._read = operator.itemgetter(*options) if options else None
+        self._served = list(itertools.product(*options.values()))
+
+    def only_where(self, holds: Callable[..., bool]) -> _Settings:
+        """Of the combinations those for which ``holds`` of them."""
+        self._served = [these for these in self._served if holds(*these)]
+        return self
+
+    def obstacle(self, state: dict[str, Any]) -> str | None:
+        """What of a module's state is not among them, or ``None``."""
+        if self._read is None or (found := self._read(state)) in self._served:
+            return None
+        for count, name in enumerate(self._names, start=1):
+            if found[:count] not in [these[:count] for these in self._served]:
+                return f"its {name} is {state[name]}"
+        raise AssertionError("some prefix of what is not served is not served")
+
+
+def _stock(dims: int) -> dict[type[nn.Module], _Settings]:
     """The modules of ``dims`` spatial dimensions that the ops reproduce, with the settings they do it for."""
 
     def alike(size: int) -> tuple[Any, ...]:
@@ -102,25 +132,27 @@ def _stock(dims: int) -> dict[type[nn.Module], dict[str, tuple[Any, ...]]]:
 
     zero, one, two, three = map(alike, range(4))
     avg_pool, max_pool = _POOLS[dims - 1]
-    conv = dict(
+    conv = _Settings(
         kernel_size=(one[1], three[1]),
         stride=(one[1],),
         padding=(zero[1], one[1]),
         dilation=(one[1],),
         groups=(1,),
         padding_mode=("zeros",),
-    )
-    average = dict(kernel_size=two, stride=two, padding=zero, ceil_mode=(False,))
-    average |= dict(divisor_override=(None,)) if dims > 1 else {}
-    maximum = dict(
+    ).only_where(lambda kernel_size, stride, padding, *_: padding[0] == kernel_size[0] // 2)
+    divisor = dict(divisor_override=(None,)) if dims > 1 else {}
+    average = _Settings(kernel_size=two, stride=two, padding=zero, ceil_mode=(False,), **divisor)
+    maximum = _Settings(
         kernel_size=three, stride=two, padding=one, dilation=one, ceil_mode=(False,), return_indices=(False,)
     )
     return {_CONVS[dims - 1]: conv, avg_pool: average, max_pool: maximum}
 
 
-_STOCK: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
-    **{kind: {} for kind in (*_NORMS, nn.SyncBatchNorm, nn.ReLU)},
-    **{kind: {} for kind in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)},
+_ANY = _Settings()
+
+_STOCK: dict[type[nn.Module], _Settings] = {
+    **dict.fromkeys((*_NORMS, nn.SyncBatchNorm, nn.ReLU), _ANY),
+    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), _ANY),
     **_stock(1),
     **_stock(2),
     **_stock(3),
@@ -133,7 +165,7 @@ _NORM_ACTS: set[type[nn.Module]] = set()
 
 def serve_norm_act(kind: type[nn.Module]) -> None:
     """Have the ops serve a class of norms that carry their activation as a child ``act``, and a dropout ``drop``."""
-    _STOCK.setdefault(kind, {})
+    _STOCK.setdefault(kind, _ANY)
     _NORM_ACTS.add(kind)
 
 

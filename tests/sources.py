@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-import wild
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastdense.benchmarks import wild
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,19 @@ pytest.importorskip("matplotlib", reason="needs the packages of fastdense[bench]
 pytest.importorskip("sklearn", reason="needs the packages of fastdense[bench]")
 
 from fastdense import images, parity
-from fastdense.benchmarks import cases, compare, contenders, memory, plots, report, run, tables, timing, training
+from fastdense.benchmarks import (
+    cases,
+    compare,
+    contenders,
+    libraries,
+    memory,
+    plots,
+    report,
+    run,
+    tables,
+    timing,
+    training,
+)
 from fastdense.benchmarks import results as results_module
 from fastdense.benchmarks.contenders import Contender, Workload
 from fastdense.memory import saved_activation_bytes
@@ -250,6 +262,16 @@ def test_other_libraries_compute_the_same(contender: Contender, dtype_name: str)
     row = measured(case)[contender.name]
     assert row["note"] is None
     assert 0 < row["error"] < {"fp32": 1e-4, "bf16": 0.2}[dtype_name]
+
+
+@pytest.mark.parametrize("name", ["kuangliu", "FC-DenseNet"])
+def test_networks_of_other_libraries_before_and_after(name: str) -> None:
+    row = libraries.measured(libraries.NETWORKS[name]._replace(shape=(2, 3, 32, 32)), "cpu", 0.01)
+    assert all(min(row[mode][which]) > 0 for mode in ("step", "inference") for which in ("before", "after"))
+    assert 0 < row["saved_bytes"]["after"] < row["saved_bytes"]["before"]
+    _, shape, *times, saved = libraries.cells({"network": name, **row})
+    assert shape == "2x3x32x32"
+    assert all(cell.endswith("x") or "->" in cell for cell in (*times, saved))
 
 
 def test_missing_package_and_failing_contender_are_named(

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import wild
 from sources import SOURCES, Source
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 import fastdense
 from fastdense import FallbackWarning, parity
+from fastdense.benchmarks import wild
 from fastdense.memory import saved_activation_bytes
 from fastdense.modules import FusedBlock, FusedTransition
 from fastdense.served import carries_relu

@@ -39,17 +39,23 @@ PRECISIONS = {
 SOURCES = Path(cpu.__file__).parent / "src"
 
 
-def compile_library(folder: Path, *flags: str) -> None:
-    """The library with AMX's tiles emulated, so that their kernels run on a CPU without them."""
+def compile_library(folder: Path, *flags: str, unused: tuple[str, ...] = ()) -> None:
+    """The library with AMX's tiles emulated, so that their kernels run on a CPU without them.
+
+    ``unused`` sources, which no test will run, are not optimised, for the sake of time.
+    """
     emulate = f'-DFASTDENSE_EMULATE_AMX="{Path(__file__).with_name("amx_emulation.h")}"'
 
     def gcc(*arguments: str) -> None:
         subprocess.run(["g++", "-std=c++17", "-fPIC", *flags, *arguments], check=True, capture_output=True)
 
-    sources = sorted(SOURCES.glob("*.cpp"))
-    objects = [str(folder / f"{source.stem}.o") for source in sources]
+    def compiled(source: Path) -> str:
+        target = str(folder / f"{source.stem}.o")
+        gcc(emulate, *(["-O0"] if source.stem in unused else []), "-c", str(source), "-o", target)
+        return target
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda source, to: gcc(emulate, "-c", str(source), "-o", to), sources, objects))
+        objects = list(pool.map(compiled, sorted(SOURCES.glob("*.cpp"))))
     gcc("-shared", "-o", str(folder / "_library.so"), *objects)
 
 
@@ -61,7 +67,7 @@ def offers(tmp_path_factory) -> dict[str, library.Library]:
     if "amx" in OFFERS or "avx512_bf16" not in OFFERS or shutil.which("g++") is None:
         return OFFERS
     folder = tmp_path_factory.mktemp("emulated")
-    compile_library(folder, "-O2")
+    compile_library(folder, "-O2", unused=("avx2", "avx512", "avx512_bf16"))
     emulated = library.offered(folder)
     assert not isinstance(emulated, str)
     return {**OFFERS, "amx": emulated["amx"]}
@@ -142,6 +148,14 @@ BLOCKS = {
     "odd": (dict(num_layers=3, num_input_features=13, growth_rate=5, bn_size=3), (3, 13, 5, 7)),
     "one pixel": (dict(num_layers=2, num_input_features=40, growth_rate=33), (2, 40, 1, 1)),
     "one row": (dict(num_layers=2, num_input_features=40, growth_rate=33), (1, 40, 1, 19)),
+    "volumes, small": (dict(num_layers=2, num_input_features=40, spatial_dims=3), (5, 40, 3, 5, 2)),
+    "volumes, slices together": (dict(num_layers=2, num_input_features=33, spatial_dims=3), (2, 33, 8, 9, 11)),
+    "volumes, rows of slices": (dict(num_layers=2, num_input_features=13, spatial_dims=3), (1, 13, 3, 30, 25)),
+    "volumes, one slice": (dict(num_layers=2, num_input_features=13, growth_rate=5, spatial_dims=3), (2, 13, 1, 6, 7)),
+    "volumes, CIFAR": (
+        dict(num_layers=3, num_input_features=16, growth_rate=12, bn_size=None, spatial_dims=3),
+        (2, 16, 4, 8, 7),
+    ),
 }
 
 
@@ -153,33 +167,68 @@ def test_block(kernels, geometry, precision, twins, randn, check):
 
 
 @every_mode
-@pytest.mark.parametrize("shape", [(2, 128, 14, 14), (3, 37, 9, 5), (1, 256, 2, 3)])
+@pytest.mark.parametrize("shape", [(2, 128, 14, 14), (3, 37, 9, 5), (1, 256, 2, 3), (2, 37, 5, 4, 7)], ids=str)
 def test_transition(kernels, shape, precision, twins, randn, check):
-    check(twins("transition", shape[1], shape[1] // 2), [randn(*shape, seed=seed) for seed in range(3)], precision)
+    if len(shape) == 5 and PRECISIONS[precision]["dtype"] != torch.float32:
+        pytest.skip("PyTorch has no average pool of volumes in half precision on CPUs")
+    pair = twins("transition", shape[1], shape[1] // 2, spatial_dims=len(shape) - 2)
+    check(pair, [randn(*shape, seed=seed) for seed in range(3)], precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_transition_of_equal_slices_is_that_of_one(compiled, precision, twins, randn):
+    """Whatever PyTorch has: outputs bit for bit, and gradients that are shared equally between the slices."""
+    dtype, autocast = PRECISIONS[precision]["dtype"], PRECISIONS[precision].get("autocast", False)
+    of_volumes, of_images = (twins("transition", 37, 19, spatial_dims=dims)[0].eval() for dims in (3, 2))
+    image = randn(3, 37, 9, 5)
+    volume = image.unsqueeze(2).repeat(1, 1, 2, 1, 1)
+    gradients = []
+    for module, x in ((of_volumes, volume), (of_images, image)):
+        x = (x if autocast else x.to(dtype)).requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            out = (module if autocast else module.to(dtype))(x)
+        out.backward(randn(3, 19, 4, 2, seed=1, dtype=out.dtype).view_as(out))
+        gradients.append((out.flatten(), x.grad, module.conv.weight.grad.flatten()))
+    (out, dx, dw), (expected, dx_of_image, dw_of_image) = gradients
+    assert torch.equal(out, expected)
+    assert torch.equal(2 * dx[:, :, 0], dx_of_image)
+    assert torch.equal(dx[:, :, 0], dx[:, :, 1])
+    assert torch.equal(dw, dw_of_image)
 
 
 @every_mode
-@pytest.mark.parametrize("shape", [(2, 64, 20, 20), (3, 37, 9, 5), (2, 8, 1, 1)])
+@pytest.mark.parametrize("shape", [(2, 64, 20, 20), (3, 37, 9, 5), (2, 8, 1, 1), (2, 37, 7, 6, 5)], ids=str)
 def test_stem_tail_and_head(kernels, shape, precision, twins, randn, check):
-    check(twins("tails", shape[1]), [randn(*shape, seed=seed) for seed in range(3)], precision)
+    pair = twins("tails", shape[1], spatial_dims=len(shape) - 2)
+    check(pair, [randn(*shape, seed=seed) for seed in range(3)], precision)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_network(kernels, precision, twins, randn, check):
-    check(twins("net", num_classes=10), [randn(2, 3, 96, 80, seed=seed) for seed in range(3)], precision)
+    pair = twins("net", block_config=(3, 6, 12, 8), num_classes=10)
+    check(pair, [randn(2, 3, 96, 80, seed=seed) for seed in range(3)], precision)
+
+
+def test_network_of_volumes(kernels, twins, randn, check):
+    pair = twins("net", block_config=(2, 3), num_classes=10, spatial_dims=3)
+    check(pair, [randn(2, 3, 40, 33, 36, seed=seed) for seed in range(3)], "fp32")
 
 
 @given(
     channels=st.integers(1, 70),
     growth=st.sampled_from([1, 12, 31, 32, 33, 48]),
     bn_size=st.sampled_from([None, 1, 4]),
-    shape=st.tuples(st.integers(1, 5), st.integers(1, 57), st.integers(2, 57)),
+    batch=st.integers(1, 5),
+    spatial=st.one_of(
+        st.tuples(st.integers(1, 57), st.integers(2, 57)),
+        st.tuples(st.integers(1, 9), st.integers(1, 20), st.integers(2, 20)),
+    ),
     precision=st.sampled_from(sorted(PRECISIONS)),
 )
-def test_any_shape(kernels, channels, growth, bn_size, shape, precision, train, twins, randn, check):
-    n, h, w = shape
+def test_any_shape(kernels, channels, growth, bn_size, batch, spatial, precision, train, twins, randn, check):
     block = dict(num_layers=2, num_input_features=channels, growth_rate=growth, bn_size=bn_size)
-    check(twins("block", **block), [randn(n, channels, h, w, seed=seed) for seed in range(3)], precision)
+    pair = twins("block", **block, spatial_dims=len(spatial))
+    check(pair, [randn(batch, channels, *spatial, seed=seed) for seed in range(3)], precision)
 
 
 LAYER_OPTIONS = {
@@ -225,14 +274,14 @@ def test_only_the_gradients_that_are_wanted(kernels, wanted, precision, twins, r
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("growth_rate", [5, 32])
-def test_what_is_not_finite_stays_where_it_was(kernels, precision, value, growth_rate, twins, randn):
+@pytest.mark.parametrize(("growth_rate", "spatial"), [(5, (11, 13)), (32, (11, 13)), (32, (5, 6, 7))], ids=str)
+def test_what_is_not_finite_stays_where_it_was(kernels, precision, value, growth_rate, spatial, twins, randn):
     """One bad pixel of one channel: as far as the 3x3 convolutions carry it, and no further."""
     dtype = PRECISIONS[precision]["dtype"]
-    block = dict(num_layers=2, num_input_features=20, growth_rate=growth_rate)
+    block = dict(num_layers=2, num_input_features=20, growth_rate=growth_rate, spatial_dims=len(spatial))
     fast, stock = (module.to(dtype) for module in twins("block", **block))
-    x = randn(2, 20, 11, 13, dtype=dtype)
-    x[1, 3, 4, 5] = value
+    x = randn(2, 20, *spatial, dtype=dtype)
+    x[1, 3, ..., 4, 5] = value
     found, expected = infer(fast, x), infer(stock, x)
     assert not expected.isfinite().all()
     for same in (torch.isnan, torch.isposinf, torch.isneginf):
@@ -268,12 +317,13 @@ def test_values_near_overflow(kernels, twins):
 # -- what must not matter ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("spatial", [(70, 61), (35, 40, 33)], ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_same_bits_for_any_batch_and_threads(compiled, threads, precision, twins, randn):
+def test_same_bits_for_any_batch_and_threads(compiled, threads, precision, spatial, twins, randn):
     """Every pixel's sums run in one order, however the work was cut."""
     dtype = PRECISIONS[precision]["dtype"]
-    net = twins("net", block_config=(2, 3), num_classes=7)[0].to(dtype)
-    x = randn(5, 3, 70, 61, dtype=dtype)
+    net = twins("net", block_config=(2, 3), num_classes=7, spatial_dims=len(spatial))[0].to(dtype)
+    x = randn(5, 3, *spatial, dtype=dtype)
     features = [infer(net.features, x)]
     for count in (1, 3):
         threads(count)
@@ -429,26 +479,27 @@ import sys, torch, fastdense
 from pathlib import Path
 from fastdense.kernels import cpu
 from fastdense.kernels.cpu import library
-shapes = [(1, 13, 5, 7), (2, 16, 1, 1), (3, 64, 9, 2), (5, 33, 7, 7), (1, 20, 15, 31)]
+shapes = [(1, 13, 5, 7), (2, 16, 1, 1), (3, 64, 9, 2), (5, 33, 7, 7), (1, 20, 15, 31), (2, 20, 3, 5, 7)]
+layers = [(5, 3), (32, 4), (12, None)]
 dtypes = [(torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, None), (torch.float16, None)]
 for isa, found in library.offered(Path(sys.argv[1])).items():
     library.load = lambda: found
     for dtype, autocast in dtypes:
-        for n, c, h, w in shapes:
-            for growth, bn_size in ((5, 3), (32, 4), (12, None)):
-                block = fastdense.FastDenseBlock(2, c, bn_size, growth, 0.1).to(dtype)
-                net = fastdense.FastDenseNet(block_config=(), num_init_features=c, num_classes=1).to(dtype)
-                net.features.conv0 = torch.nn.Identity()
-                modules = [block, net] + ([fastdense.FastTransition(c, c // 2).to(dtype)] if h > 1 else [])
-                for module in modules:
-                    x = torch.randn(n, c, h, w).to(dtype)
-                    with fastdense.use_backend("cpu"), torch.autocast("cpu", autocast, enabled=autocast is not None):
-                        y = module.train()(x.requires_grad_())
-                        y.backward(torch.randn_like(y))
-                        with torch.inference_mode():
-                            assert module.eval()(x).isfinite().all()
-                            x.data[0, 0, 0, 0] = float("nan")
-                            module(x)
+        for shape in shapes:
+            c, dims = shape[1], dict(spatial_dims=len(shape) - 2)
+            blocks = [fastdense.FastDenseBlock(2, c, bn_size, growth, 0.1, **dims) for growth, bn_size in layers]
+            tails = fastdense.FastDenseNet(block_config=(), num_init_features=c, num_classes=1, **dims)
+            tails.features.conv0 = torch.nn.Identity()
+            transitions = [fastdense.FastTransition(c, c // 2, **dims)] if min(shape[2:]) > 1 else []
+            for module in (*blocks, tails, *transitions):
+                x = torch.randn(shape).to(dtype)
+                with fastdense.use_backend("cpu"), torch.autocast("cpu", autocast, enabled=autocast is not None):
+                    y = module.to(dtype).train()(x.requires_grad_())
+                    y.backward(torch.randn_like(y))
+                    with torch.inference_mode():
+                        assert module.eval()(x).isfinite().all()
+                        x.data[0, 0, 0, 0] = float("nan")
+                        module(x)
     print("clean on", isa)
 """
 

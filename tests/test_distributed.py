@@ -188,12 +188,19 @@ def test_converted_networks_of_two_processes_are_one(tmp_path: Path, program: Mo
         assert not list(parity.failures(parity.compare(ours, [truth], truth, torch.float64))), name
 
 
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a step of every network, sharded and whole, of both ranks."""
+    folder = tmp_path_factory.mktemp("sharded")
+    run("fsdp", folder, "small", *FOREIGN)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["small", *FOREIGN])
-def test_fsdp_step(name: str, tmp_path: Path) -> None:
-    run("fsdp", tmp_path, name)
+def test_fsdp_step(name: str, sharded: Path) -> None:
     for rank in (0, 1):
-        found = torch.load(tmp_path / f"fsdp{name}-{rank}.pt")
+        found = torch.load(sharded / f"fsdp{name}-{rank}.pt")
         assert found["finite"]
         assert found["sharded"].keys() == found["whole"].keys()
         for key, value in found["whole"].items():

@@ -24,12 +24,16 @@ def loaded() -> Library:
 
 
 def pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [N, C, H, W] in dense channels-last memory, of ``dtype``; itself where it is so already."""
+    """x [N, C, *spatial] in dense channels-last memory, of ``dtype``; itself where it is so already."""
     x = x.detach().to(dtype)
-    n, c, h, w = x.shape
-    if x.stride() == (h * w * c, 1, w * c, c):
-        return x
-    return torch.empty((n, h, w, c), dtype=dtype, device=x.device).copy_(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    by_pixels = x.movedim(1, -1)
+    return x if by_pixels.is_contiguous() else by_pixels.contiguous().movedim(-1, 1)
+
+
+def extents(x: Tensor) -> dict[str, int]:
+    """Of [N, C, (D,) H, W], what all structs of arguments begin with."""
+    *depth, height, width = x.shape[2:]
+    return {"images": len(x), "depth": depth[0] if depth else 1, "height": height, "width": width}
 
 
 def pointers(tensors: Sequence[Tensor]) -> Array[c_void_p] | None:
@@ -83,15 +87,16 @@ class Norms:
 
 
 class Weights:
-    """Convolution weights [K, C, 1, 1] or [K, C, 3, 3] of any strides; keeps alive what the pointers point to."""
+    """Convolution weights [K, C, (kd,) k, k] of any strides; keeps alive what the pointers point to."""
 
     def __init__(self, weights: Sequence[Tensor]):
         self._weights = [w if w.dtype in DTYPES else w.float() for w in weights]
         self.array = (WeightArgs * len(weights))()
         for arg, w in zip(self.array, self._weights, strict=True):
             arg.data, arg.dtype = w.data_ptr(), DTYPES[w.dtype]
-            arg.out, arg.in_, arg.size, _ = w.shape
-            arg.stride_out, arg.stride_in, arg.stride_h, arg.stride_w = w.stride()
+            w = w if w.dim() == 5 else w.unsqueeze(2)
+            arg.out, arg.in_, arg.depth, arg.size, _ = w.shape
+            arg.stride_out, arg.stride_in, arg.stride_d, arg.stride_h, arg.stride_w = w.stride()
 
 
 class Shares:

@@ -15,18 +15,17 @@ from ..contract import (
 )
 from ..group import join
 from ..portable.batch_norm import cast, laid_out_as, zero_stats
-from .arguments import Norms, Shares, Weights, loaded, pixels, pointers
+from .arguments import Norms, Shares, Weights, extents, loaded, pixels, pointers
 from .library import DTYPES, DenseBlockArgs, TrainingArgs, TrainingLayerArgs
 from .packing import packed
 
 
 def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) -> Tensor:
-    """Forward with running statistics: X alone, [N, C_L, H, W]."""
+    """Forward with running statistics: X alone, [N, C_L, *spatial]."""
     library = loaded()
-    n, _, h, w = x.shape
     store = torch.promote_types(x.dtype, dtype)
     source = pixels(x, store)
-    out = empty_channels_last((n, layers.output_channels, h, w), store, x.device)
+    out = empty_channels_last((len(x), layers.output_channels, *x.shape[2:]), store, x.device)
     weights = packed(library, layers.conv1_weight + layers.conv2_weight, dtype)
     first, second = weights[: layers.num_layers], weights[layers.num_layers :]
     norms = Norms(
@@ -46,6 +45,7 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) ->
             norm2=norms.array_from(layers.num_layers),
             conv1=pointers(first if second else []),
             conv3=pointers(second or first),
+            conv3_depth=3 if x.dim() == 5 else 1,
             store=DTYPES[store],
             compute=DTYPES[dtype],
             norm_dtype=norms.dtype,
@@ -56,11 +56,10 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) ->
 
 def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottleneck: bool) -> DenseBlockOutput:
     """Forward with whichever statistics the norms ask for."""
-    n, _, h, w = x.shape
     store = torch.promote_types(x.dtype, dtype)
     source = pixels(x, store)
     output = DenseBlockOutput(
-        empty_channels_last((n, layers.output_channels, h, w), store, x.device),
+        empty_channels_last((len(x), layers.output_channels, *x.shape[2:]), store, x.device),
         _bottlenecks(x, layers, dtype, layers.num_layers if save_bottleneck else 1),
         *zero_stats((layers.output_channels,), store, x.device),
         *zero_stats((layers.num_layers, layers.bottleneck_channels), store, x.device),
@@ -78,14 +77,14 @@ def dense_block_backward(
     needs: DenseBlockNeeds,
 ) -> DenseBlockGrads:
     """Gradients from that of X, for an input of ``x_dtype``. Bottlenecks that were not kept are made again."""
-    n, channels, h, w = output.out.shape
+    n, channels, *spatial = output.out.shape
     device, first_layer = output.out.device, needs.first_layer()
     grad_dtype = torch.bfloat16 if output.out.dtype == torch.bfloat16 else torch.float32
     source = pixels(grad_out, grad_dtype)
-    grad = torch.empty((n, h, w, channels), dtype=grad_dtype, device=device)
+    grad = torch.empty((n, *spatial, channels), dtype=grad_dtype, device=device)
     dx = torch.empty(0, dtype=x_dtype, device=device)
     if needs.x:
-        dx = empty_channels_last((n, layers.input_channels, h, w), x_dtype, device)
+        dx = empty_channels_last((n, layers.input_channels, *spatial), x_dtype, device)
 
     keeps_bottlenecks = bool(output.bottleneck)
     if not keeps_bottlenecks:
@@ -124,11 +123,8 @@ def dense_block_backward(
 
 def _geometry(out: Tensor, layers: DenseLayers) -> dict[str, int]:
     """What ``DenseBlockArgs`` and ``TrainingArgs`` begin with."""
-    n, _, h, w = out.shape
     return {
-        "images": n,
-        "height": h,
-        "width": w,
+        **extents(out),
         "input_channels": layers.input_channels,
         "growth_rate": layers.growth_rate,
         "bottleneck_channels": layers.bottleneck_channels,
@@ -138,8 +134,7 @@ def _geometry(out: Tensor, layers: DenseLayers) -> dict[str, int]:
 
 def _bottlenecks(like: Tensor, layers: DenseLayers, dtype: torch.dtype, count: int) -> list[Tensor]:
     """Room for ``count`` layers' bottlenecks, [M, B]; none for a block without."""
-    n, _, h, w = like.shape
-    shape = (n * h * w, layers.bottleneck_channels)
+    shape = (like.numel() // like.shape[1], layers.bottleneck_channels)
     return [like.new_empty(shape, dtype=dtype) for _ in range(count if layers.has_bottleneck else 0)]
 
 
@@ -157,12 +152,11 @@ class _Training:
         self._norm1, self._norm2 = Norms.of(norm1, torch.float32), Norms.of(norm2, torch.float32)
         self._conv1, self._conv3 = Weights(layers.conv1_weight), Weights(layers.growth_weight)
         self._masks = [
-            [mask.permute(0, 2, 3, 1).contiguous() for mask in masks]
+            [mask.movedim(1, -1).contiguous() for mask in masks]
             for masks in (layers.bottleneck_mask, layers.growth_mask)
         ]
         self._output = output
-        n, _, h, w = output.out.shape
-        self._shares = Shares(join(layers.group, n * h * w, output.out.device))
+        self._shares = Shares(join(layers.group, output.out.numel() // layers.output_channels, output.out.device))
         self._layers = (TrainingLayerArgs * num_layers)()
         for i, args in enumerate(self._layers):
             args.norm1, args.batch1 = self._norm1.array[i], norm1[i].batch_stats

@@ -56,7 +56,7 @@ class WeightArgs(Structure):
 
     _fields_ = _fields(
         (c_void_p, "data"),
-        (c_int64, "out in_ size stride_out stride_in stride_h stride_w"),
+        (c_int64, "out in_ depth size stride_out stride_in stride_d stride_h stride_w"),
         (c_int32, "dtype"),
     )
 
@@ -65,10 +65,11 @@ class DenseBlockArgs(Structure):
     """As in ``src/abi.h``."""
 
     _fields_ = _fields(
-        (c_int64, "images height width input_channels growth_rate bottleneck_channels layers"),
+        (c_int64, "images depth height width input_channels growth_rate bottleneck_channels layers"),
         (c_void_p, "x out"),
         (POINTER(NormArgs), "norm1 norm2"),
         (POINTER(c_void_p), "conv1 conv3"),
+        (c_int64, "conv3_depth"),
         (c_int32, "store compute norm_dtype threads"),
     )
 
@@ -77,7 +78,7 @@ class TransitionArgs(Structure):
     """As in ``src/abi.h``."""
 
     _fields_ = _fields(
-        (c_int64, "images height width channels out_channels"),
+        (c_int64, "images depth height width channels out_channels"),
         (c_void_p, "x out"),
         (NormArgs, "norm"),
         (c_void_p, "conv"),
@@ -89,7 +90,7 @@ class PoolArgs(Structure):
     """As in ``src/abi.h``."""
 
     _fields_ = _fields(
-        (c_int64, "images height width channels"),
+        (c_int64, "images depth height width channels"),
         (c_void_p, "x out"),
         (NormArgs, "norm"),
         (c_int32, "store norm_dtype threads"),
@@ -112,7 +113,7 @@ class TrainingArgs(Structure):
     """As in ``src/abi.h``."""
 
     _fields_ = _fields(
-        (c_int64, "images height width input_channels growth_rate bottleneck_channels layers"),
+        (c_int64, "images depth height width input_channels growth_rate bottleneck_channels layers"),
         (c_void_p, "x out"),
         (POINTER(TrainingLayerArgs), "layer"),
         (c_void_p, "mean var bottleneck_mean bottleneck_var grad_out grad dx"),
@@ -127,7 +128,7 @@ class PointwiseGradArgs(Structure):
     """As in ``src/abi.h``."""
 
     _fields_ = _fields(
-        (c_int64, "images height width channels out_channels"),
+        (c_int64, "images depth height width channels out_channels"),
         (c_void_p, "grad_out x dx"),
         (NormArgs, "norm"),
         (WeightArgs, "conv"),

@@ -56,5 +56,5 @@ def _dense(weight: Tensor) -> Tensor:
     """The weight itself where its bytes are in one piece and of a dtype that C++ reads, else a copy."""
     if weight.dtype not in DTYPES:
         weight = weight.float()
-    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    dense = weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()
     return weight if dense else weight.contiguous()

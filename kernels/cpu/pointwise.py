@@ -8,20 +8,20 @@ from torch import Tensor
 from ..contract import ChannelStats, Norm, NormGrads, TransitionGrads, empty_channels_last
 from ..group import join
 from ..portable.batch_norm import cast, laid_out_as
-from .arguments import Norms, Shares, Weights, loaded, pixels
+from .arguments import Norms, Shares, Weights, extents, loaded, pixels
 from .library import DTYPES, PointwiseGradArgs, PoolArgs, StatsArgs, TransitionArgs
 from .packing import packed
 
 
 def channel_stats(x: Tensor) -> ChannelStats:
-    """Mean and biased variance of each channel of [N, C, H, W], float32."""
-    n, c, h, w = x.shape
+    """Mean and biased variance of each channel of [N, C, *spatial], float32."""
+    c = x.shape[1]
     source = pixels(x, x.dtype)
     stats = ChannelStats(x.new_empty(c, dtype=torch.float32), x.new_empty(c, dtype=torch.float32))
     loaded().run(
         "channel_stats",
         StatsArgs(
-            rows=n * h * w,
+            rows=x.numel() // c,
             channels=c,
             x=source.data_ptr(),
             mean=stats.mean.data_ptr(),
@@ -33,19 +33,16 @@ def channel_stats(x: Tensor) -> ChannelStats:
 
 
 def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N, C, H, W], [C', C, 1, 1] -> [N, C', H//2, W//2] of ``dtype``, channels-last."""
+    """[N, C, *spatial], [C', C, 1, ...] -> [N, C', *(size // 2)] of ``dtype``, channels-last."""
     library = loaded()
-    n, c, h, w = x.shape
     source, norms = pixels(x, x.dtype), Norms.of([norm])
-    out = empty_channels_last((n, len(weight), h // 2, w // 2), dtype, x.device)
+    out = empty_channels_last((len(x), len(weight), *(size // 2 for size in x.shape[2:])), dtype, x.device)
     (conv,) = packed(library, [weight], dtype)
     library.run(
         "transition",
         TransitionArgs(
-            images=n,
-            height=h,
-            width=w,
-            channels=c,
+            **extents(x),
+            channels=x.shape[1],
             out_channels=len(weight),
             x=source.data_ptr(),
             out=out.data_ptr(),
@@ -60,15 +57,14 @@ def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Ten
 
 
 def stem_tail(x: Tensor, norm: Norm) -> Tensor:
-    """[N, C, H, W] -> [N, C, ceil(H/2), ceil(W/2)], of x's dtype."""
-    n, c, h, w = x.shape
-    out = empty_channels_last((n, c, (h + 1) // 2, (w + 1) // 2), x.dtype, x.device)
+    """[N, C, *spatial] -> [N, C, *ceil(size / 2)], of x's dtype."""
+    out = empty_channels_last((*x.shape[:2], *((size + 1) // 2 for size in x.shape[2:])), x.dtype, x.device)
     _pool("stem_tail", x, norm, out)
     return out
 
 
 def head(x: Tensor, norm: Norm) -> Tensor:
-    """[N, C, H, W] -> [N, C], of x's dtype."""
+    """[N, C, *spatial] -> [N, C], of x's dtype."""
     out = x.new_empty(x.shape[:2])
     _pool("head", x, norm, out)
     return out
@@ -104,15 +100,12 @@ def head_backward(grad_out: Tensor, x: Tensor, norm: Norm) -> NormGrads:
 
 
 def _pool(name: str, x: Tensor, norm: Norm, out: Tensor) -> None:
-    n, c, h, w = x.shape
     source, norms = pixels(x, x.dtype), Norms.of([norm])
     loaded().run(
         name,
         PoolArgs(
-            images=n,
-            height=h,
-            width=w,
-            channels=c,
+            **extents(x),
+            channels=x.shape[1],
             x=source.data_ptr(),
             out=out.data_ptr(),
             norm=norms.array[0],
@@ -123,17 +116,15 @@ def _pool(name: str, x: Tensor, norm: Norm, out: Tensor) -> None:
 
 
 def _backward(name: str, grad_out: Tensor, x: Tensor, norm: Norm, **others: object) -> NormGrads:
-    n, c, h, w = x.shape
+    c = x.shape[1]
     source, norms = pixels(x, x.dtype), Norms.of([norm], torch.float32)
-    dx = empty_channels_last((n, c, h, w), x.dtype, x.device)
+    dx = empty_channels_last(x.shape, x.dtype, x.device)
     dweight, dbias = (x.new_empty(c, dtype=torch.float32) for _ in range(2))
-    shares = Shares(join(norm.group, n * h * w, x.device))
+    shares = Shares(join(norm.group, x.numel() // c, x.device))
     loaded().run(
         name,
         PointwiseGradArgs(
-            images=n,
-            height=h,
-            width=w,
+            **extents(x),
             channels=c,
             grad_out=grad_out.data_ptr(),
             x=source.data_ptr(),

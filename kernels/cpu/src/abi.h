@@ -1,7 +1,8 @@
 // What crosses the border between Python and C++: plain structs, mirrored in kernels/cpu/library.py.
 //
 // No header of torch or Python is needed, so that one binary serves every version of both. Tensors come as
-// pointers to dense memory, pixels outermost (channels-last): a row is one pixel's channels.
+// pointers to dense memory, pixels outermost (channels-last): a row is one pixel's channels. An image is a volume of
+// `depth` slices; of an image that is none, depth is 1.
 #pragma once
 
 #include <cstdint>
@@ -26,23 +27,24 @@ struct Norm {
   double eps;
 };
 
-// A convolution's weight as it is stored: [out, in, kh, kw], strides in elements.
+// A convolution's weight as it is stored: [out, in, kd, kh, kw], strides in elements.
 struct Weight {
   const void* data;
-  int64_t out, in, size;  // size: kh = kw
-  int64_t stride_out, stride_in, stride_h, stride_w;
+  int64_t out, in, depth, size;  // depth: kd, 1 but for a 3x3x3; size: kh = kw
+  int64_t stride_out, stride_in, stride_d, stride_h, stride_w;
   int32_t dtype;
 };
 
 struct DenseBlockArgs {
-  int64_t images, height, width;
+  int64_t images, depth, height, width;
   int64_t input_channels, growth_rate, bottleneck_channels, layers;  // bottleneck_channels 0: without
   const void* x;        // [M, C_0], of `store`
   void* out;            // [M, C_L], of `store`
   const Norm* norm1;    // [L]
   const Norm* norm2;    // [L], null without bottlenecks
   const void* const* conv1;  // [L] packed 1x1 weights, null without bottlenecks
-  const void* const* conv3;  // [L] packed 3x3 weights
+  const void* const* conv3;  // [L] packed 3x3 weights, or 3x3x3
+  int64_t conv3_depth;  // 3 of 3x3x3, else 1
   int32_t store;        // dtype of x and out
   int32_t compute;      // dtype that the convolutions round their results to
   int32_t norm_dtype;   // of all the norms' vectors
@@ -50,17 +52,17 @@ struct DenseBlockArgs {
 };
 
 struct TransitionArgs {
-  int64_t images, height, width, channels, out_channels;  // height, width: of x
+  int64_t images, depth, height, width, channels, out_channels;  // depth, height, width: of x
   const void* x;       // [M, C], of `store`
-  void* out;           // [M / 4, C'], of `compute`
+  void* out;           // [M / 4 or 8, C'], of `compute`
   Norm norm;
   const void* conv;    // packed
   int32_t store, compute, norm_dtype, threads;
 };
 
-// Stem tail and head: out is [N, ceil(H/2), ceil(W/2), C] or [N, C], of the dtype of x.
+// Stem tail and head: out is [N, ceil(D/2), ceil(H/2), ceil(W/2), C] or [N, C], of the dtype of x.
 struct PoolArgs {
-  int64_t images, height, width, channels;
+  int64_t images, depth, height, width, channels;
   const void* x;
   void* out;
   Norm norm;
@@ -84,7 +86,7 @@ struct TrainingLayer {
 };
 
 struct TrainingArgs {
-  int64_t images, height, width;
+  int64_t images, depth, height, width;
   int64_t input_channels, growth_rate, bottleneck_channels, layers;  // bottleneck_channels 0: without
   const void* x;    // [M, C_0], of `store`
   void* out;        // X: [M, C_L], of `store`; the backward reads it
@@ -105,8 +107,8 @@ struct TrainingArgs {
 
 // Gradients of transition, stem tail and head. Norm and gradients are float32, but for dx, which is of x's dtype.
 struct PointwiseGradArgs {
-  int64_t images, height, width, channels, out_channels;
-  const void* grad_out;  // [M / 4, C'] of `compute`; [N, ceil(H/2), ceil(W/2), C] or [N, C] of x's dtype
+  int64_t images, depth, height, width, channels, out_channels;
+  const void* grad_out;  // as their outputs
   const void* x;
   void* dx;
   Norm norm;

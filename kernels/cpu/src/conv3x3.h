@@ -1,4 +1,4 @@
-// 3x3 convolutions of padded pixels: tap by tap, or in floats by Winograd's F(2x2, 3x3),
+// 3x3 convolutions of padded pixels, and 3x3x3 as sums of three: tap by tap, or in floats by Winograd's F(2x2, 3x3),
 //
 //   Y = A^T [ (G w G^T) * (B^T d B) ] A        d: 4x4 pixels, Y: 2x2, the product a matrix multiply for each of 16 places
 //
@@ -8,31 +8,37 @@
 //
 // Included by each instruction set's file, inside its namespace, after its Isa.
 
-// The pixels that a 3x3 convolution computes at once, some images or some rows of one, as they lie with their
-// border in a buffer.
+// The pixels that a convolution computes at once: some images, some slices of one or some rows of one of these, as
+// they lie with their border in a buffer. Slices are counted over all images; a 3x3x3 sums over one slice before
+// and one behind (reach 1), which are in the buffer too.
 template <class Word>
 struct Window {
   static constexpr int64_t kEven = kIsWinograd<Word> ? 2 : 1;
-  int64_t images, height, width;
+  int64_t images, depth, height, width;
+  int64_t reach;     // 0 or 1
   int64_t channels;  // of a pixel, padded
   int64_t stride;    // of the pixels in the buffer, in elements
 
+  int64_t padded_depth() const { return depth + 2 * reach; }
   int64_t padded_height() const { return round_up(height, kEven) + 2; }
   int64_t padded_width() const { return round_up(width, kEven) + 2; }
-  int64_t rows() const { return images * height; }
-  int64_t pixel(int64_t image, int64_t y, int64_t x) const {  // y and x from -1
-    return (image * padded_height() + y + 1) * padded_width() + x + 1;
+  int64_t slice_size() const { return padded_height() * padded_width(); }
+  int64_t slices() const { return images * depth; }
+  int64_t rows() const { return slices() * height; }
+  int64_t pixel(int64_t image, int64_t z, int64_t y, int64_t x) const {  // z from -reach, y and x from -1
+    return (image * padded_depth() + z + reach) * slice_size() + (y + 1) * padded_width() + x + 1;
   }
+  int64_t pixel(int64_t slice, int64_t y, int64_t x) const { return pixel(slice / depth, slice % depth, y, x); }
   int64_t size() const {  // in elements; a product whose rows are padded reads past the last pixel
-    return (images * padded_height() * padded_width() + Isa::kRowBlock - 1) * stride;
+    return (images * padded_depth() * slice_size() + Isa::kRowBlock - 1) * stride;
   }
   // Winograd's tiles lie in bands, two rows of pixels high.
   int64_t tiles_across() const { return ceil_div(width, 2); }
-  int64_t bands_of_image() const { return ceil_div(height, 2); }
-  int64_t bands() const { return images * bands_of_image(); }
+  int64_t bands_of_slice() const { return ceil_div(height, 2); }
+  int64_t bands() const { return slices() * bands_of_slice(); }
 };
 
-// Rows [first, last) of all the images' rows, tap by tap; sink(image, y, row) takes [width, columns] floats. A product
+// Rows [first, last) of all the slices' rows, tap by tap; sink(slice, y, row) takes [width, columns] floats. A product
 // may run over several rows: what it makes of the border between them is not used.
 template <class Word, class Sink>
 void convolve_directly(const Window<Word>& window, const typename Word::Element* u, const void* packed, int64_t columns,
@@ -43,13 +49,15 @@ void convolve_directly(const Window<Word>& window, const typename Word::Element*
   const auto* w = static_cast<const Word*>(packed);
   float* const y = Scratch::of_this_thread().row.get<float>(round_up(together * width, Isa::kRowBlock) * columns);
   for (int64_t row = first, count; row < last; row += count) {
-    const int64_t image = row / window.height, top = row % window.height;
+    const int64_t slice = row / window.height, top = row % window.height;
     count = std::min({together, last - row, window.height - top});
-    const auto* pixels = reinterpret_cast<const Word*>(u) + window.pixel(image, top - 1, -1) * pixel;
-    for (int64_t dy = 0; dy < 3; ++dy)
-      gemm<Word>({pixels + dy * width * pixel, pixel, (count - 1) * width + window.width, 3, pixel},
-                 {w + dy * 3 * k * columns, 3 * k, columns, 0, k}, y, dy > 0);
-    for (int64_t i = 0; i < count; ++i) sink(image, top + i, y + i * width * columns);
+    const auto* const pixels = reinterpret_cast<const Word*>(u) + window.pixel(slice, top - 1, -1) * pixel;
+    for (int64_t dz = -window.reach, taps = 0; dz <= window.reach; ++dz)
+      for (int64_t dy = 0; dy < 3; ++dy, ++taps)
+        gemm<Word>({pixels + (dz * window.slice_size() + dy * width) * pixel, pixel,
+                    (count - 1) * width + window.width, 3, pixel},
+                   {w + taps * 3 * k * columns, 3 * k, columns, 0, k}, y, taps > 0);
+    for (int64_t i = 0; i < count; ++i) sink(slice, top + i, y + i * width * columns);
   }
 }
 
@@ -77,14 +85,15 @@ inline void transform_input(const Window<FloatWord>& window, const float* d, flo
   }
 }
 
-// V of the tiles of bands [first, last), a tile every `stride` floats.
-inline void transform_inputs(const Window<FloatWord>& window, const float* u, int64_t first, int64_t last, float* v,
-                             int64_t stride, int64_t v_step) {
-  for (int64_t band = first; band < last; ++band)
-    for (int64_t x = 0; x < window.tiles_across(); ++x, v += stride) {
-      const int64_t pixel = window.pixel(band / window.bands_of_image(), band % window.bands_of_image() * 2 - 1, 2 * x - 1);
-      transform_input(window, u + pixel * window.stride, v, v_step);
-    }
+// V of the tiles of bands [first, last), a tile every `stride` floats, from the slices dz behind theirs.
+inline void transform_inputs(const Window<FloatWord>& window, const float* u, int64_t dz, int64_t first, int64_t last,
+                             float* v, int64_t stride, int64_t v_step) {
+  for (int64_t band = first; band < last; ++band) {
+    const int64_t slice = band / window.bands_of_slice(), y = band % window.bands_of_slice() * 2;
+    const float* tile = u + (window.pixel(slice, y - 1, -1) + dz * window.slice_size()) * window.stride;
+    for (int64_t x = 0; x < window.tiles_across(); ++x, v += stride, tile += 2 * window.stride)
+      transform_input(window, tile, v, v_step);
+  }
 }
 
 // Y = A^T m A of one tile, into two rows of pixels. Whether m is finite.
@@ -115,18 +124,20 @@ inline bool transform_output(const float* m, int64_t m_step, int64_t columns, fl
 template <class Sink>
 void convolve_by_winograd(const Window<FloatWord>& window, const float* u, const void* packed, int64_t columns,
                           int64_t first, int64_t last, const Sink& sink) {
-  const int64_t across = window.tiles_across(), tiles = (last - first) * across, c = window.channels;
+  const int64_t across = window.tiles_across(), tiles = (last - first) * across;
+  const int64_t summed = 2 * window.reach + 1, c = summed * window.channels;
   const int64_t v_step = tiles * c + Isa::kLanes, m_step = tiles * columns + Isa::kLanes;
   const auto* const w = static_cast<const FloatWord*>(packed) + 9 * c * columns;
   Scratch& scratch = Scratch::of_this_thread();
   float* const v = scratch.z.get<float>(16 * v_step);
   float* const m = scratch.product.get<float>(16 * m_step);
-  transform_inputs(window, u, first, last, v, c, v_step);
+  for (int64_t slice = 0; slice < summed; ++slice)
+    transform_inputs(window, u, slice - window.reach, first, last, v + slice * window.channels, c, v_step);
   for (int64_t i = 0; i < 16; ++i)
     gemm<FloatWord>({reinterpret_cast<const FloatWord*>(v + i * v_step), c, tiles},
                     {w + i * c * columns, c, columns, 0, c}, m + i * m_step, false);
   for (int64_t band = first; band < last; ++band) {
-    const int64_t image = band / window.bands_of_image(), y = band % window.bands_of_image() * 2;
+    const int64_t slice = band / window.bands_of_slice(), y = band % window.bands_of_slice() * 2;
     const int64_t below = 2 * across * columns;
     float* const rows = scratch.row.get<float>(2 * below);
     bool finite = true;
@@ -134,9 +145,9 @@ void convolve_by_winograd(const Window<FloatWord>& window, const float* u, const
       float* const pixels = rows + 2 * x * columns;
       finite &= transform_output(m + ((band - first) * across + x) * columns, m_step, columns, pixels, pixels + below);
     }
-    const int64_t count = std::min<int64_t>(2, window.height - y), row = image * window.height + y;
+    const int64_t count = std::min<int64_t>(2, window.height - y), row = slice * window.height + y;
     if (finite) {
-      for (int64_t i = 0; i < count; ++i) sink(image, y + i, rows + i * below);
+      for (int64_t i = 0; i < count; ++i) sink(slice, y + i, rows + i * below);
     } else {
       convolve_directly(window, u, packed, columns, row, row + count, sink);
     }
@@ -180,7 +191,8 @@ inline void transform_gradient(const Window<FloatWord>& window, const float* dy,
   }
 }
 
-// Adds a window's part of the weight's gradient in Winograd's places: [16, channels of u, channels of dy].
+// Adds a window's part of the weight's gradient in Winograd's places: [16, channels of u, channels of dy] for each of
+// the slices that are summed.
 inline void add_weight_gradient(const Window<FloatWord>& u_window, const float* u, const Window<FloatWord>& dy_window,
                                 const float* dy, float* sum) {
   const int64_t tiles = u_window.bands() * u_window.tiles_across(), depth = round_up(tiles, 4);
@@ -190,11 +202,10 @@ inline void add_weight_gradient(const Window<FloatWord>& u_window, const float* 
   Scratch& scratch = Scratch::of_this_thread();
   float* const v = scratch.z.get<float>(16 * v_step);
   float* const m = scratch.gradient.get<float>(16 * m_step);
-  transform_inputs(u_window, u, 0, u_window.bands(), v, stride, v_step);
   for (int64_t band = 0, tile = 0; band < dy_window.bands(); ++band)
     for (int64_t x = 0; x < dy_window.tiles_across(); ++x, ++tile) {
-      const int64_t image = band / dy_window.bands_of_image(), y = band % dy_window.bands_of_image() * 2;
-      transform_gradient(dy_window, dy + dy_window.pixel(image, y, 2 * x) * dy_window.stride, tile, depth, m, m_step);
+      const int64_t slice = band / dy_window.bands_of_slice(), y = band % dy_window.bands_of_slice() * 2;
+      transform_gradient(dy_window, dy + dy_window.pixel(slice, y, 2 * x) * dy_window.stride, tile, depth, m, m_step);
     }
   for (int64_t i = 0; i < 16; ++i) {
     std::memset(v + i * v_step + tiles * stride, 0, (depth - tiles) * stride * sizeof(float));
@@ -202,9 +213,12 @@ inline void add_weight_gradient(const Window<FloatWord>& u_window, const float* 
       const int64_t width = std::min<int64_t>(Isa::kPanel, columns - panel);
       std::memset(m + i * m_step + panel * depth + tiles * width, 0, (depth - tiles) * width * sizeof(float));
     }
-    add_gemm<FloatWord>({reinterpret_cast<const FloatWord*>(v + i * v_step), stride, c},
-                        {reinterpret_cast<const FloatWord*>(m + i * m_step), depth, columns, 0, depth},
-                        sum + i * c * columns);
+  }
+  for (int64_t dz = -u_window.reach; dz <= u_window.reach; ++dz) {
+    transform_inputs(u_window, u, dz, 0, u_window.bands(), v, stride, v_step);
+    for (int64_t i = 0; i < 16; ++i, sum += c * columns)
+      add_gemm<FloatWord>({reinterpret_cast<const FloatWord*>(v + i * v_step), stride, c},
+                          {reinterpret_cast<const FloatWord*>(m + i * m_step), depth, columns, 0, depth}, sum);
   }
 }
 
@@ -225,22 +239,23 @@ inline void transform_weight_gradient(const Vector (&s)[4][4], Vector (&w)[3][3]
 }
 
 // The pixels of a window as a weight's gradient sums over them tap by tap: row after row, with zeros between rows and
-// between images. A tap's neighbour is then a step away, and a word never spans two rows.
+// between slices. A tap's neighbour is then a step away, and a word never spans two rows.
 struct PixelGrid {
-  int64_t images, height, width;
+  int64_t slices, height, width;
   int64_t pitch() const { return round_up(width + 1, 2); }
-  int64_t at(int64_t image, int64_t y) const { return (image * (height + 1) + y) * pitch(); }
-  int64_t size() const { return at(images, -1); }
+  int64_t at(int64_t slice, int64_t y) const { return (slice * (height + 1) + y) * pitch(); }
+  int64_t size() const { return at(slices, -1); }
 };
 
-// Adds a window's part of the weight's gradient: [out, columns] for each of 9 taps. u(image, y, x, channel) are kLanes
-// of the `columns` channels of a pixel; its rows y, from -1 to the window's height, are zeros unless exists(y).
+// Adds a window's part of the weight's gradient: [out, columns] for each of 9 or 27 taps. u(slice, z, y, x, channel)
+// are kLanes of the `columns` channels of a pixel z slices behind one of the window's; its rows y, from -1 to the
+// window's height, are zeros unless exists(slice, z, y).
 template <class Word, class Exists, class U, class I = Isa>
 void add_weight_gradient(const Window<Word>& dy_window, const typename Word::Element* dy, int64_t out, int64_t columns,
                          const Exists& exists, const U& u, float* sum) {
   using Element = typename Word::Element;
   constexpr int64_t e = Word::kElements;
-  const PixelGrid grid{dy_window.images, dy_window.height, dy_window.width};
+  const PixelGrid grid{dy_window.slices(), dy_window.height, dy_window.width};
   const int64_t pitch = grid.pitch(), depth = round_up(grid.size(), I::template kPixels<Word>);
   Scratch& scratch = Scratch::of_this_thread();
 
@@ -249,32 +264,34 @@ void add_weight_gradient(const Window<Word>& dy_window, const typename Word::Ele
   const int64_t stride = round_up(depth + I::kTransposed, 64) + 32;  // no power of two, for the cache's sets
   Element* const transposed = scratch.gradient.template get<Element>(rows * stride);
   std::memset(static_cast<void*>(transposed), 0, rows * stride * sizeof(Element));
-  for (int64_t image = 0; image < grid.images; ++image)
+  for (int64_t slice = 0; slice < grid.slices; ++slice)
     for (int64_t y = 0; y < grid.height; ++y)
       for (int64_t x = 0; x < grid.width; x += I::kTransposed)
         for (int64_t v = 0; v < out; v += I::kLanes)
-          I::transpose(dy + dy_window.pixel(image, y, x) * dy_window.stride + v, dy_window.stride, grid.width - x,
-                       transposed + v * stride + 1 + grid.at(image, y) + x, stride);
+          I::transpose(dy + dy_window.pixel(slice, y, x) * dy_window.stride + v, dy_window.stride, grid.width - x,
+                       transposed + v * stride + 1 + grid.at(slice, y) + x, stride);
 
   const int64_t words = pitch + depth / e;
   const PixelPanels<Word> panels{scratch.z.template get<Element>(words * e * columns), words, columns};
-  for (int64_t image = 0; image < grid.images; ++image)
-    for (int64_t y = -1; y <= grid.height; ++y) {
-      const int64_t first = grid.at(image, y + 1) / e;
-      if (!exists(y)) {
-        panels.clear(first, first + pitch / e);
-        continue;
-      }
-      for (int64_t x = 0; x < pitch; x += e)
-        for (int64_t v = 0; v < columns; v += I::kLanes) {
-          Vector z[e];
-          for (int64_t i = 0; i < e; ++i) z[i] = x + i < grid.width ? u(image, y, x + i, v) : I::zero();
-          panels.store(first + x / e, v, z);
+  for (int64_t dz = -dy_window.reach; dz <= dy_window.reach; ++dz) {
+    for (int64_t slice = 0; slice < grid.slices; ++slice)
+      for (int64_t y = -1; y <= grid.height; ++y) {
+        const int64_t first = grid.at(slice, y + 1) / e;
+        if (!exists(slice, dz, y)) {
+          panels.clear(first, first + pitch / e);
+          continue;
         }
-    }
-  panels.clear((grid.size() + 2 * pitch) / e, words);
+        for (int64_t x = 0; x < pitch; x += e)
+          for (int64_t v = 0; v < columns; v += I::kLanes) {
+            Vector z[e];
+            for (int64_t i = 0; i < e; ++i) z[i] = x + i < grid.width ? u(slice, dz, y, x + i, v) : I::zero();
+            panels.store(first + x / e, v, z);
+          }
+      }
+    panels.clear((grid.size() + 2 * pitch) / e, words);
 
-  for (int64_t tap = 0; tap < 9; ++tap)
-    gemm<Word>({reinterpret_cast<const Word*>(transposed + 2 - tap % 3), stride / e, out},
-               panels.panels(tap / 3 * pitch / e, depth / e), sum + tap * weight_sum_size(out, columns), true);
+    for (int64_t tap = 0; tap < 9; ++tap, sum += weight_sum_size(out, columns))
+      gemm<Word>({reinterpret_cast<const Word*>(transposed + 2 - tap % 3), stride / e, out},
+                 panels.panels(tap / 3 * pitch / e, depth / e), sum, true);
+  }
 }

@@ -21,7 +21,8 @@ class DenseBlock {
   DenseBlock(const DenseBlockArgs& args, ParallelFor parallel_for)
       : p_(args),
         team_{parallel_for, args.threads},
-        pixels_(args.height * args.width),
+        slice_(args.height * args.width),
+        pixels_(args.depth * slice_),
         channels_(args.input_channels + args.layers * args.growth_rate),
         has_bottleneck_(args.bottleneck_channels > 0),
         x_(static_cast<const Store*>(args.x)),
@@ -68,13 +69,14 @@ class DenseBlock {
   int64_t channels(int64_t layer) const { return p_.input_channels + layer * p_.growth_rate; }
 
   void run_images(int64_t image, int64_t count, const Team& team) {
-    const Window<Word> widest{count, p_.height, p_.width, u_channels_, u_channels_};
+    const int64_t reach = p_.conv3_depth / 2;
+    const Window<Word> widest{count, p_.depth, p_.height, p_.width, reach, u_channels_, u_channels_};
     Element* const u = Scratch::of_this_thread().u.template get<Element>(widest.size());
     std::memset(static_cast<void*>(u), 0, widest.size() * sizeof(Element));
     copy_input(image * pixels_, count * pixels_, team);
     for (int64_t layer = 0; layer < p_.layers; ++layer) {
-      const Window<Word> window{count, p_.height, p_.width,
-                                has_bottleneck_ ? u_channels_ : padded<Word>(channels(layer)), u_channels_};
+      Window<Word> window = widest;
+      if (!has_bottleneck_) window.channels = padded<Word>(channels(layer));
       make_u(layer, image, window, u, team);
       convolve_window(layer, image, window, u, team);
     }
@@ -109,22 +111,22 @@ class DenseBlock {
                                  affine_relu_row(x + row * channels_ + start, norm.from(start),
                                                  std::min(depth, c - start), depth, z);
                                });
-    int64_t image = first / pixels_, i = first % pixels_ / p_.width, j = first % p_.width;
+    int64_t slice = first / slice_, i = first % slice_ / p_.width, j = first % p_.width;
     for (int64_t row = 0; row < rows; ++row) {
-      Element* const target = u + window.pixel(image, i, j) * window.stride;
+      Element* const target = u + window.pixel(slice, i, j) * window.stride;
       if (has_bottleneck_)
         affine_relu_row(h + row * columns, norm2_[layer], p_.bottleneck_channels, window.channels, target);
       else
         affine_relu_row(x + row * channels_, norm, c, window.channels, target);
       if (++j == p_.width) j = 0, ++i;
-      if (i == p_.height) i = 0, ++image;
+      if (i == p_.height) i = 0, ++slice;
     }
   }
 
   void convolve_window(int64_t layer, int64_t image, const Window<Word>& window, const Element* u, const Team& team) {
     const int64_t columns = round_up(p_.growth_rate, Isa::kLanes);
-    const auto store = [&](int64_t of_window, int64_t y, const float* row) {
-      Store* target = out_ + ((image + of_window) * pixels_ + y * p_.width) * channels_ + channels(layer);
+    const auto store = [&](int64_t slice, int64_t y, const float* row) {
+      Store* target = out_ + (image * pixels_ + slice * slice_ + y * p_.width) * channels_ + channels(layer);
       for (int64_t x = 0; x < p_.width; ++x, target += channels_)
         store_row<Round>(row + x * columns, p_.growth_rate, target);
     };
@@ -146,7 +148,7 @@ class DenseBlock {
 
   const DenseBlockArgs& p_;
   const Team team_;
-  const int64_t pixels_, channels_;
+  const int64_t slice_, pixels_, channels_;  // slice_, pixels_: of an image
   const bool has_bottleneck_;
   const Store* const x_;
   Store* const out_;

@@ -1,8 +1,9 @@
 // Weights as the multiply reads them: once packed, used until the weight changes.
 //
 //   1x1               one matrix [in, out]
-//   3x3               one matrix [3 * in, out] for each row of taps
-//   3x3 in floats     then F(2x2, 3x3) of Winograd, U = G w G^T: one matrix [in, out] for each of 16 places
+//   3x3, 3x3x3        one matrix [3 * in, out] for each row of taps, slice by slice
+//   these in floats   then F(2x2, 3x3) of Winograd, U = G w G^T of each slice: one matrix [slices * in, out] for each
+//                     of 16 places
 //
 // A matrix [depth, columns] is cut into panels of kPanel columns, each [depth / e][column][e] with e elements a
 // word. Inputs are padded to kAlign, columns to kLanes, with zeros.
@@ -45,7 +46,7 @@ class Packer {
 
   int64_t bytes() const {
     const int64_t taps = w_.size * w_.size, places = w_.size == 3 && kIsWinograd<Word> ? 16 : 0;
-    return (taps + places) * in_ * columns_ * sizeof(Element);
+    return w_.depth * (taps + places) * in_ * columns_ * sizeof(Element);
   }
 
   void pack(void* target) const { pack(target, 0, columns_); }
@@ -55,19 +56,22 @@ class Packer {
     auto* const packed = static_cast<Element*>(target);
     with_element_type(w_.dtype, [&](auto* type) {
       using Source = std::remove_pointer_t<decltype(type)>;
-      for (int64_t y = 0; y < w_.size; ++y)
-        for (int64_t x = 0; x < w_.size; ++x)
-          pack_tap<Source>(y, x, first, last, packed + y * w_.size * in_ * columns_);
+      for (int64_t z = 0; z < w_.depth; ++z)
+        for (int64_t y = 0; y < w_.size; ++y)
+          for (int64_t x = 0; x < w_.size; ++x)
+            pack_tap<Source>(z, y, x, first, last, packed + (z * w_.size + y) * w_.size * in_ * columns_);
       if constexpr (kIsWinograd<Word>)
-        if (w_.size == 3) pack_places<Source>(first, last, packed + 9 * in_ * columns_);
+        for (int64_t z = 0; z < w_.depth && w_.size == 3; ++z)
+          pack_places<Source>(z, first, last, packed + w_.depth * 9 * in_ * columns_);
     });
   }
 
  private:
   template <class Source>
-  void pack_tap(int64_t y, int64_t x, int64_t first, int64_t last, Element* matrix) const {
+  void pack_tap(int64_t z, int64_t y, int64_t x, int64_t first, int64_t last, Element* matrix) const {
     constexpr int64_t e = Word::kElements;
-    const auto* const data = static_cast<const Source*>(w_.data) + y * w_.stride_h + x * w_.stride_w;
+    const auto* const data =
+        static_cast<const Source*>(w_.data) + z * w_.stride_d + y * w_.stride_h + x * w_.stride_w;
     const int64_t depth = w_.size * in_;
     for (int64_t panel = first; panel < last; panel += Isa::kPanel) {
       const int64_t width = std::min<int64_t>(Isa::kPanel, columns_ - panel), count = std::min(width, w_.out - panel);
@@ -110,7 +114,7 @@ class Packer {
 
   // kLanes outputs at once.
   template <class Source>
-  void pack_places(int64_t first, int64_t last, Element* packed) const {
+  void pack_places(int64_t z, int64_t first, int64_t last, Element* packed) const {
     const auto g = [](Vector a, Vector b, Vector c, Vector (&to)[4]) {  // G times a column
       const Vector half = Isa::broadcast(.5f), ends = Isa::mul(half, Isa::add(a, c)), middle = Isa::mul(half, b);
       to[0] = a;
@@ -121,10 +125,11 @@ class Packer {
     for (int64_t o = first; o < last; o += Isa::kLanes) {
       const int64_t panel = o / Isa::kPanel * Isa::kPanel, width = std::min<int64_t>(Isa::kPanel, columns_ - panel);
       const int64_t count = std::clamp<int64_t>(w_.out - o, 0, Isa::kLanes);
-      float* const target = packed + panel * in_ + o - panel;
+      float* const target = packed + panel * w_.depth * in_ + z * in_ * width + o - panel;
       float taps[9][Isa::kLanes] = {};
       for (int64_t i = 0; i < in_; ++i) {
-        const auto* const source = static_cast<const Source*>(w_.data) + o * w_.stride_out + i * w_.stride_in;
+        const auto* const source =
+            static_cast<const Source*>(w_.data) + z * w_.stride_d + o * w_.stride_out + i * w_.stride_in;
         if (i == w_.in) std::memset(taps, 0, sizeof(taps));
         if (i < w_.in)
           for (int64_t lane = 0; lane < count; ++lane)
@@ -135,7 +140,8 @@ class Packer {
           g(Isa::load(taps[x]), Isa::load(taps[3 + x]), Isa::load(taps[6 + x]), columns[x]);
         for (int y = 0; y < 4; ++y) {
           g(columns[0][y], columns[1][y], columns[2][y], places);
-          for (int x = 0; x < 4; ++x) Isa::store(target + (4 * y + x) * in_ * columns_ + i * width, places[x]);
+          for (int x = 0; x < 4; ++x)
+            Isa::store(target + (4 * y + x) * w_.depth * in_ * columns_ + i * width, places[x]);
         }
       }
     }
@@ -148,9 +154,9 @@ class Packer {
 // The weight with which the gradient of the output makes that of the input: its transpose, its taps turned around.
 inline Weight transposed(const Weight& w) {
   const int64_t element_size = w.dtype == kFloat32 ? 4 : 2;
-  const int64_t last_tap = (w.size - 1) * (w.stride_h + w.stride_w) * element_size;
-  return {static_cast<const char*>(w.data) + last_tap, w.in, w.out, w.size, w.stride_in, w.stride_out,
-          -w.stride_h, -w.stride_w, w.dtype};
+  const int64_t last_tap = (w.depth - 1) * w.stride_d + (w.size - 1) * (w.stride_h + w.stride_w);
+  return {static_cast<const char*>(w.data) + last_tap * element_size, w.in, w.out, w.depth, w.size,
+          w.stride_in, w.stride_out, -w.stride_d, -w.stride_h, -w.stride_w, w.dtype};
 }
 
 // A weight packed by all threads, for training.

@@ -18,17 +18,18 @@ inline void norm_gradients(const Sums<double>& sums, const Normalization& norm, 
   }
 }
 
-// Gradients of z = relu(norm(x)): a pass for the sums and one for dx. dz(image, y, x) gives that of z at a pixel, as a
+// Gradients of z = relu(norm(x)): a pass for the sums and one for dx. dz(slice, y, x) gives that of z at a pixel, as a
 // function of a channel and how many exist from there.
 template <class Store, class Dz>
 void norm_relu_backward(const PointwiseGradArgs& p, const Team& team, const Normalization& norm, const Dz& dz) {
-  const int64_t c = p.channels, padded = round_up(c, Isa::kLanes), rows = p.images * p.height;
+  const int64_t c = p.channels, padded = round_up(c, Isa::kLanes);
+  const int64_t rows = p.images * p.depth * p.height;
   const auto* const x = static_cast<const Store*>(p.x);
   const auto for_each = [&](int64_t row, const auto& use) {  // use(element, channel, how many exist, x, da)
-    const int64_t image = row / p.height, y = row % p.height;
+    const int64_t slice = row / p.height, y = row % p.height;
     for (int64_t j = 0; j < p.width; ++j) {
       const int64_t pixel = (row * p.width + j) * c;
-      const auto dz_of_pixel = dz(image, y, j);
+      const auto dz_of_pixel = dz(slice, y, j);
       for (int64_t v = 0; v < padded; v += Isa::kLanes) {
         const Vector value = load_up_to(x + pixel + v, c - v);
         use(pixel + v, v, c - v, value, Isa::where_positive(norm(value, v), dz_of_pixel(v, c - v)));
@@ -68,19 +69,20 @@ void norm_relu_backward(const PointwiseGradArgs& p, const Team& team, const Norm
   });
 }
 
-// The pooled pixels are multiplied, so dz is a quarter of W^T's product with the output's gradient at four pixels.
+// The pooled pixels are multiplied, so dz is a pixel's share of W^T's product with the output's gradient.
 template <class Store, class Round, class Word>
 void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
   using Element = typename Word::Element;
   constexpr int64_t e = Word::kElements;
   const Team team{parallel_for, p.threads};
-  const int64_t height = p.height / 2, width = p.width / 2, pixels = p.images * height * width;
+  const AveragePool pool{p.images, p.depth, p.height, p.width};
+  const int64_t pixels = pool.pooled_pixels();
   const int64_t c = p.channels, columns = round_up(c, Isa::kLanes), k = p.out_channels;
   const int64_t k_padded = round_up(k, Isa::template kTrainingAlign<Word>);
   const int64_t strips = team.pieces(pixels, kGradientStrip<Word>);
   const auto* const x = static_cast<const Store*>(p.x);
   const auto* const grad_out = static_cast<const Round*>(p.grad_out);
-  const Vector quarter = Isa::broadcast(.25f);
+  const Vector share = Isa::broadcast(pool.share());
   Normalization norm;
   norm.set(p.norm, c, columns);
   Buffer packed_memory, dpooled_memory;
@@ -102,15 +104,13 @@ void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
         for (int64_t row = 0; row < rows; ++row) {
           float* const target = dpooled + (first + row) * columns + start;
           for (int64_t v = 0; v < width; v += Isa::kLanes)
-            Isa::store(target + v, Isa::mul(quarter, Isa::load(dz + row * width + v)));
+            Isa::store(target + v, Isa::mul(share, Isa::load(dz + row * width + v)));
         }
         for (int64_t row = 0; weight_sum != nullptr && row < rows; row += e)
           for (int64_t v = 0; v < width; v += Isa::kLanes) {
             Vector pooled[e] = {};
-            for (int64_t i = 0; i < std::min(e, rows - row); ++i) {
-              const Store* const corner = x + pooled_corner(first + row + i, p.height, p.width) * c;
-              pooled[i] = average_2x2(corner, p.width * c, c, start + v, norm);
-            }
+            for (int64_t i = 0; i < std::min(e, rows - row); ++i)
+              pooled[i] = pool.average(x + pool.corner(first + row + i) * c, c, start + v, norm);
             z.store(row / e, v, pooled);
           }
       };
@@ -119,9 +119,9 @@ void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
   });
   if (p.conv_weight != nullptr) finish_conv1(weight_sums, k, c, team, p.conv_weight);
 
-  norm_relu_backward<Store>(p, team, norm, [&](int64_t image, int64_t i, int64_t j) {
-    const bool pooled = i / 2 < height && j / 2 < width;
-    const float* const from = pooled ? dpooled + ((image * height + i / 2) * width + j / 2) * columns : nullptr;
+  norm_relu_backward<Store>(p, team, norm, [&](int64_t slice, int64_t y, int64_t at) {
+    const int64_t pooled = pool.pooled(slice, y, at);
+    const float* const from = pooled >= 0 ? dpooled + pooled * columns : nullptr;
     return [from](int64_t v, int64_t) { return from != nullptr ? Isa::load(from + v) : Isa::zero(); };
   });
 }
@@ -129,43 +129,55 @@ void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
 template <class Store>
 void stem_tail_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
   const Team team{parallel_for, p.threads};
-  const int64_t height = (p.height + 1) / 2, width = (p.width + 1) / 2, c = p.channels;
-  const int64_t padded = round_up(c, Isa::kLanes);
+  const int64_t depth = (p.depth + 1) / 2, height = (p.height + 1) / 2, width = (p.width + 1) / 2;
+  const int64_t c = p.channels, padded = round_up(c, Isa::kLanes);
   const auto* const x = static_cast<const Store*>(p.x);
   const auto* const grad_out = static_cast<const Store*>(p.grad_out);
   Normalization norm;
   norm.set(p.norm, c, padded);
-  Buffer memory;  // where, of its nine pixels, each window's first maximum is
-  Float16* const places = memory.get<Float16>(p.images * height * width * padded);
-  team.run(p.images * height, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      for (int64_t j = 0; j < width; ++j)
+  // Of a pixel in the window that makes pixel (k, i, j).
+  const auto place_of = [](int64_t z, int64_t y, int64_t at, int64_t k, int64_t i, int64_t j) {
+    return static_cast<float>(((z - 2 * k + 1) * 3 + y - 2 * i + 1) * 3 + at - 2 * j + 1);
+  };
+  Buffer memory;  // the place of each window's first maximum
+  Float16* const places = memory.get<Float16>(p.images * depth * height * width * padded);
+  team.run(p.images * depth * height, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t image = row / height / depth, k = row / height % depth, i = row % height;
+      const MaxPoolRange slices(k, p.depth), rows(i, p.height);
+      for (int64_t j = 0; j < width; ++j) {
+        const MaxPoolRange across(j, p.width);
         for (int64_t v = 0; v < padded; v += Isa::kLanes) {
           Vector best = Isa::broadcast(-1), place = Isa::zero();  // a ReLU makes no less than 0
-          for (int64_t i = 0; i < 9; ++i) {
-            const int64_t y = row % height * 2 + i / 3 - 1, at = 2 * j + i % 3 - 1;
-            if (y < 0 || y >= p.height || at < 0 || at >= p.width) continue;
-            const Store* const pixel = x + ((row / height * p.height + y) * p.width + at) * c;
-            const Vector value = norm(load_up_to(pixel + v, c - v), v);
-            place = Isa::where_greater(value, best, Isa::broadcast(static_cast<float>(i)), place);
-            best = Isa::where_greater(value, best, value, best);
-          }
+          for (int64_t z = slices.first; z < slices.last; ++z)
+            for (int64_t y = rows.first; y < rows.last; ++y)
+              for (int64_t at = across.first; at < across.last; ++at) {
+                const Store* const pixel = x + (((image * p.depth + z) * p.height + y) * p.width + at) * c;
+                const Vector value = norm(load_up_to(pixel + v, c - v), v);
+                place = Isa::where_greater(value, best, Isa::broadcast(place_of(z, y, at, k, i, j)), place);
+                best = Isa::where_greater(value, best, value, best);
+              }
           Isa::store(places + (row * width + j) * padded + v, place);
         }
+      }
+    }
   });
   struct Window {  // one that a pixel is in
     const Float16* places;
     const Store* grad_out;
     Vector mine;  // the pixel's place
   };
-  norm_relu_backward<Store>(p, team, norm, [&](int64_t image, int64_t y, int64_t at) {
-    std::array<Window, 4> windows;
+  norm_relu_backward<Store>(p, team, norm, [&](int64_t slice, int64_t y, int64_t at) {
+    const int64_t image = slice / p.depth, z = slice % p.depth;
+    std::array<Window, 8> windows;
     int count = 0;
-    for (int64_t i = y / 2; i <= (y + 1) / 2 && i < height; ++i)
-      for (int64_t j = at / 2; j <= (at + 1) / 2 && j < width; ++j) {
-        const int64_t window = (image * height + i) * width + j, mine = (y - 2 * i + 1) * 3 + at - 2 * j + 1;
-        windows[count++] = {places + window * padded, grad_out + window * c, Isa::broadcast(static_cast<float>(mine))};
-      }
+    for (int64_t k = z / 2; k <= (z + 1) / 2 && k < depth; ++k)
+      for (int64_t i = y / 2; i <= (y + 1) / 2 && i < height; ++i)
+        for (int64_t j = at / 2; j <= (at + 1) / 2 && j < width; ++j) {
+          const int64_t window = ((image * depth + k) * height + i) * width + j;
+          windows[count++] = {places + window * padded, grad_out + window * c,
+                              Isa::broadcast(place_of(z, y, at, k, i, j))};
+        }
     return [windows, count](int64_t v, int64_t exist) {
       Vector sum = Isa::zero();
       for (int i = 0; i < count; ++i) {
@@ -179,12 +191,12 @@ void stem_tail_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
 
 template <class Store>
 void head_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
-  const Vector share = Isa::broadcast(1 / static_cast<float>(p.height * p.width));
+  const Vector share = Isa::broadcast(1 / static_cast<float>(p.depth * p.height * p.width));
   Normalization norm;
   norm.set(p.norm, p.channels, round_up(p.channels, Isa::kLanes));
   norm_relu_backward<Store>(
-      p, Team{parallel_for, p.threads}, norm, [&](int64_t image, int64_t, int64_t) {
-        const auto* const dout = static_cast<const Store*>(p.grad_out) + image * p.channels;
+      p, Team{parallel_for, p.threads}, norm, [&](int64_t slice, int64_t, int64_t) {
+        const auto* const dout = static_cast<const Store*>(p.grad_out) + slice / p.depth * p.channels;
         return [dout, share](int64_t v, int64_t exist) { return Isa::mul(share, load_up_to(dout + v, exist)); };
       });
 }

@@ -17,38 +17,42 @@
 //
 // Included by each instruction set's file, inside its namespace, after its Isa.
 
-// A batch cut into windows for 3x3 convolutions: some images each, or an even number of rows of one.
+// A batch cut into windows for 3x3 convolutions: some images each, some slices of one, or an even number of rows of a
+// slice.
 class Windows {
  public:
-  Windows(int64_t images, int64_t height, int64_t width, int64_t threads)
-      : images_(images), height_(height), width_(width) {
+  Windows(int64_t images, int64_t depth, int64_t height, int64_t width, int64_t threads)
+      : images_(images), depth_(depth), height_(height) {
     constexpr int64_t kTiles = 96;  // of 2x2 pixels, that a window should have
-    const int64_t across = ceil_div(width, 2), bands = ceil_div(height, 2);
-    if (across * bands >= kTiles) {
-      parts_ = ceil_div(bands, std::max<int64_t>(1, kTiles / across));
-      count_ = images * parts_;
+    const int64_t across = ceil_div(width, 2), bands = ceil_div(height, 2), tiles = across * bands;
+    if (tiles * depth >= kTiles) {
+      slice_parts_ = tiles >= kTiles ? ceil_div(bands, std::max<int64_t>(1, kTiles / across)) : 1;
+      depth_parts_ = ceil_div(depth, std::max<int64_t>(1, kTiles / tiles));
+      count_ = images * depth_parts_ * slice_parts_;
     } else {
-      const int64_t together = std::min(kTiles / (across * bands), std::max<int64_t>(1, images / threads));
+      const int64_t together = std::min(kTiles / (tiles * depth), std::max<int64_t>(1, images / threads));
       count_ = ceil_div(images, together);
     }
   }
 
   struct Place {
-    int64_t image, images, top, rows;
+    int64_t image, images, front, slices, top, rows;
   };
   int64_t count() const { return count_; }
   Place operator[](int64_t i) const {
-    if (parts_ == 0) {
+    if (depth_parts_ == 0) {
       const int64_t image = images_ * i / count_;
-      return {image, images_ * (i + 1) / count_ - image, 0, height_};
+      return {image, images_ * (i + 1) / count_ - image, 0, depth_, 0, height_};
     }
-    const int64_t bands = ceil_div(height_, 2), part = i % parts_;
-    const int64_t top = bands * part / parts_ * 2, bottom = std::min(height_, bands * (part + 1) / parts_ * 2);
-    return {i / parts_, 1, top, bottom - top};
+    const int64_t bands = ceil_div(height_, 2), row_part = i % slice_parts_, part = i / slice_parts_ % depth_parts_;
+    const int64_t top = bands * row_part / slice_parts_ * 2;
+    const int64_t bottom = std::min(height_, bands * (row_part + 1) / slice_parts_ * 2);
+    const int64_t front = depth_ * part / depth_parts_, back = depth_ * (part + 1) / depth_parts_;
+    return {i / slice_parts_ / depth_parts_, 1, front, back - front, top, bottom - top};
   }
 
  private:
-  int64_t images_, height_, width_, count_, parts_ = 0;
+  int64_t images_, depth_, height_, count_, depth_parts_ = 0, slice_parts_ = 0;
 };
 
 template <class Store, class Round, class Word>
@@ -63,7 +67,8 @@ class TrainingBlock {
   TrainingBlock(const TrainingArgs& args, ParallelFor parallel_for)
       : p_(args),
         team_{parallel_for, args.threads},
-        pixels_(args.images * args.height * args.width),
+        slice_(args.height * args.width),
+        pixels_(args.images * args.depth * slice_),
         channels_(args.input_channels + args.layers * args.growth_rate),
         hidden_(args.bottleneck_channels),
         hidden_padded_(padded(hidden_)),
@@ -72,7 +77,8 @@ class TrainingBlock {
         growth_columns_(round_up(args.growth_rate, Isa::kLanes)),
         x_(static_cast<Store*>(args.out)),
         grad_(static_cast<Gradient*>(args.grad)),
-        windows_(args.images, args.height, args.width, args.threads),
+        windows_(args.images, args.depth, args.height, args.width, args.threads),
+        reach_(args.layer[0].conv3.depth / 2),
         shares_statistics_(std::any_of(args.layer, args.layer + args.layers,
                                        [](const TrainingLayer& layer) { return layer.batch1 != 0; })) {}
 
@@ -184,8 +190,8 @@ class TrainingBlock {
         const Place place = windows_[n];
         const Window<Word> window = padded_window(place, padded(c));
         const Element* const u = make_u(place, window, source, stride, c, norm);
-        convolve_in_parts(window, u, w, growth_columns_, [&](int64_t image, int64_t row, float* values) {
-          const int64_t first = pixel(place, image, row);
+        convolve_in_parts(window, u, w, growth_columns_, [&](int64_t slice, int64_t row, float* values) {
+          const int64_t first = pixel(place, slice, row);
           for (int64_t j = 0; j < p_.width; ++j) {
             drop(values + j * growth_columns_, layer.growth_mask, first + j, p_.growth_rate);
             store_row<Round>(values + j * growth_columns_, p_.growth_rate, y + (first + j) * channels_);
@@ -230,8 +236,8 @@ class TrainingBlock {
         const Place place = windows_[n];
         const Window<Word> window = padded_window(place, growth_padded_);
         const Element* const dy = make_dy(i, place, window);
-        convolve_in_parts(window, dy, w, columns, [&](int64_t image, int64_t row, const float* du) {
-          const int64_t first = pixel(place, image, row);
+        convolve_in_parts(window, dy, w, columns, [&](int64_t slice, int64_t row, const float* du) {
+          const int64_t first = pixel(place, slice, row);
           const Source* const x = source + first * stride;
           if (hidden_ > 0)
             mask_row(x, stride, c, norm, du, columns, s1, s2, [&](int64_t at, int64_t channel, Vector da, int64_t) {
@@ -404,20 +410,29 @@ class TrainingBlock {
     } else {
       add_weight_gradient<Word>(
           dy_window, dy, p_.growth_rate, round_up(c, Isa::kLanes),
-          [&](int64_t y) { return place.top + y >= 0 && place.top + y < p_.height; },
-          [&](int64_t image, int64_t y, int64_t x, int64_t v) {
-            return norm(load_up_to(source + (pixel(place, image, y) + x) * stride + v, c - v), v);
+          [&](int64_t slice, int64_t z, int64_t y) { return exists(place, slice % place.slices + z, y); },
+          [&](int64_t slice, int64_t z, int64_t y, int64_t x, int64_t v) {
+            return norm(load_up_to(source + (pixel(place, slice + z, y) + x) * stride + v, c - v), v);
           },
           sum);
     }
   }
 
   int64_t conv3_sum_size(int64_t columns) const {
-    return kIsWinograd<Word> ? 16 * columns * growth_padded_ : 9 * weight_sum_size(p_.growth_rate, columns);
+    const int64_t of_slice =
+        kIsWinograd<Word> ? 16 * columns * growth_padded_ : 9 * weight_sum_size(p_.growth_rate, columns);
+    return (2 * reach_ + 1) * of_slice;
   }
 
-  // dW2, [k, C, 3, 3], from those parts' sums.
+  // dW2, [k, C, (3,) 3, 3], from those parts' sums.
   void finish_conv3(int64_t c, int64_t columns, float* out) {
+    const int64_t slices = 2 * reach_ + 1, size = conv3_sum_size(columns) / slices;
+    for (int64_t slice = 0; slice < slices; ++slice)
+      finish_conv3(c, columns, slice * size, out + 9 * slice, 9 * slices);
+  }
+
+  // Of one slice of the taps, whose sums begin at `start`; the next channel's taps are `step` floats further.
+  void finish_conv3(int64_t c, int64_t columns, int64_t start, float* out, int64_t step) {
     if constexpr (kIsWinograd<Word>) {
       team_.run(c, [&](int64_t begin, int64_t end) {
         float values[9][Isa::kLanes];
@@ -425,11 +440,11 @@ class TrainingBlock {
           for (int64_t channel = begin; channel < end; ++channel) {
             Vector places[4][4], taps[3][3];
             for (int64_t i = 0; i < 16; ++i)
-              places[i / 4][i % 4] = weight_sums_.total((i * columns + channel) * growth_padded_ + n);
+              places[i / 4][i % 4] = weight_sums_.total(start + (i * columns + channel) * growth_padded_ + n);
             transform_weight_gradient(places, taps);
             for (int tap = 0; tap < 9; ++tap) Isa::store(values[tap], taps[tap / 3][tap % 3]);
             for (int64_t lane = 0; lane < std::min<int64_t>(Isa::kLanes, p_.growth_rate - n); ++lane)
-              for (int tap = 0; tap < 9; ++tap) out[((n + lane) * c + channel) * 9 + tap] = values[tap][lane];
+              for (int tap = 0; tap < 9; ++tap) out[((n + lane) * c + channel) * step + tap] = values[tap][lane];
           }
       });
     } else {
@@ -439,9 +454,9 @@ class TrainingBlock {
           for (int64_t v = 0; v < c; v += Isa::kLanes) {
             for (int tap = 0; tap < 9; ++tap)
               Isa::store(values[tap],
-                         weight_sums_.total(tap * weight_sum_size(p_.growth_rate, columns) + n * columns + v));
+                         weight_sums_.total(start + tap * weight_sum_size(p_.growth_rate, columns) + n * columns + v));
             for (int64_t lane = 0; lane < std::min<int64_t>(Isa::kLanes, c - v); ++lane)
-              for (int tap = 0; tap < 9; ++tap) out[(n * c + v + lane) * 9 + tap] = values[tap][lane];
+              for (int tap = 0; tap < 9; ++tap) out[(n * c + v + lane) * step + tap] = values[tap][lane];
           }
       });
     }
@@ -450,12 +465,19 @@ class TrainingBlock {
   // -- what both share ------------------------------------------------------------------------------------------
 
   // The pixel, of all the batch's, at the left of a row of a window.
-  int64_t pixel(const Place& place, int64_t image, int64_t row) const {
-    return ((place.image + image) * p_.height + place.top + row) * p_.width;
+  int64_t pixel(const Place& place, int64_t slice, int64_t row) const {
+    return (place.image * p_.depth + place.front + slice) * slice_ + (place.top + row) * p_.width;
+  }
+
+  // Whether a window's row, or one beside it, is in the image.
+  bool exists(const Place& place, int64_t z, int64_t row) const {
+    z += place.front;
+    row += place.top;
+    return z >= 0 && z < p_.depth && row >= 0 && row < p_.height;
   }
 
   Window<Word> padded_window(const Place& place, int64_t channels) const {
-    return {place.images, place.rows, p_.width, channels, channels};
+    return {place.images, place.slices, place.rows, p_.width, reach_, channels, channels};
   }
 
   template <class Sink>
@@ -471,7 +493,7 @@ class TrainingBlock {
     }
   }
 
-  // Calls make(pixel, target) for a window's pixels and the rows above and below it, and sets zeros beyond the image.
+  // Calls make(pixel, target) for a window's pixels and the rows and slices beside it, and sets zeros beyond the image.
   template <class Make>
   Element* fill(const Place& place, const Window<Word>& window, Buffer& memory, const Make& make) const {
     Element* const buffer = memory.get<Element>(window.size());
@@ -479,20 +501,22 @@ class TrainingBlock {
       std::memset(static_cast<void*>(at), 0, pixels * window.stride * sizeof(Element));
     };
     const int64_t right = window.padded_width() - 1 - window.width;
+    Element* target = buffer;
     for (int64_t image = 0; image < window.images; ++image)
-      for (int64_t row = -1; row < window.padded_height() - 1; ++row) {
-        Element* target = buffer + window.pixel(image, row, -1) * window.stride;
-        const int64_t y = place.top + row;
-        if (y < 0 || y >= p_.height) {
-          clear(target, window.padded_width());
-          continue;
+      for (int64_t z = -reach_; z < window.depth + reach_; ++z)
+        for (int64_t row = -1; row < window.padded_height() - 1; ++row) {
+          if (!exists(place, z, row)) {
+            clear(target, window.padded_width());
+            target += window.padded_width() * window.stride;
+            continue;
+          }
+          clear(target, 1);
+          target += window.stride;
+          const int64_t first = pixel(place, image * window.depth + z, row);
+          for (int64_t j = 0; j < p_.width; ++j, target += window.stride) make(first + j, target);
+          clear(target, right);
+          target += right * window.stride;
         }
-        clear(target, 1);
-        target += window.stride;
-        const int64_t first = pixel(place, image, row);
-        for (int64_t j = 0; j < p_.width; ++j, target += window.stride) make(first + j, target);
-        clear(target, right);
-      }
     return buffer;
   }
 
@@ -539,11 +563,12 @@ class TrainingBlock {
 
   const TrainingArgs& p_;
   const Team team_;
-  const int64_t pixels_, channels_, hidden_;
+  const int64_t slice_, pixels_, channels_, hidden_;
   const int64_t hidden_padded_, hidden_columns_, growth_padded_, growth_columns_;  // as a multiply takes and makes them
   Store* const x_;
   Gradient* const grad_;
   const Windows windows_;
+  const int64_t reach_;  // of a 3x3x3, 1
   const bool shares_statistics_;
   Normalization norm1_, norm2_;
   Statistics statistics_;

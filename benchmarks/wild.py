@@ -1,7 +1,7 @@
 """DenseNets as they lie in users' own files: nothing of them can be imported from a library.
 
-Written for the tests after the contracts of gpleiss/efficient_densenet_pytorch, FC-DenseNet (arXiv 1611.09326),
-kuangliu's and phlippe's networks: the same names, structure and order of features, at any size.
+Written for tests and benchmarks after the contracts of gpleiss/efficient_densenet_pytorch, FC-DenseNet (arXiv
+1611.09326), kuangliu's and phlippe's networks: the same names, structure and order of features, at any size.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class EfficientDenseNet(nn.Module):
         efficient: bool = False,
     ) -> None:
         super().__init__()
+        stem: OrderedDict[str, nn.Module]
         if small_inputs:
             stem = OrderedDict(conv0=nn.Conv2d(3, num_init_features, 3, padding=1, bias=False))
         else:
