@@ -5,9 +5,6 @@ Looked at in every forward, so by the modules' dicts: a network has hundreds of 
 
 from __future__ import annotations
 
-import itertools
-import operator
-from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from torch import nn
@@ -76,14 +73,16 @@ def unusual(module: nn.Module) -> str | None:
 def _unlike_stock(module: nn.Module) -> str | None:
     """The same, of the module itself."""
     kind = type(module)
-    settings = _STOCK.get(kind)
-    if settings is None:
+    if kind not in _STOCK:
         return f"it is a {kind.__name__}"
-    obstacle = settings.obstacle(module.__dict__)
-    if obstacle is not None:
-        return obstacle
+    state = module.__dict__
+    for attribute, expected in _STOCK[kind].items():
+        if state[attribute] not in expected:
+            return f"its {attribute} is {state[attribute]}"
+    if kind in _CONVS and state["padding"][0] != state["kernel_size"][0] // 2:
+        return f"its padding is {state['padding']}"
     if kind in _NORM_ACTS:
-        act, drop = module._modules.get("act"), module._modules.get("drop")
+        act, drop = state["_modules"].get("act"), state["_modules"].get("drop")
         if type(act) is not nn.ReLU or type(drop) is not nn.Identity:
             return f"it has the activation {type(act).__name__}, and {type(drop).__name__}"
         return own_hooks(module) or own_hooks(act) or own_hooks(drop)
@@ -101,30 +100,7 @@ DIMS: dict[type[nn.Module], int] = {
 """Dimensions of what goes through a module; those that are not here, such as SyncBatchNorm, take any."""
 
 
-class _Settings:
-    """The combinations of a module's attributes for which the ops reproduce it."""
-
-    def __init__(self, **options: Sequence[Any]) -> None:
-        self._names = tuple(options)
-        self._read = operator.itemgetter(*options) if options else None
-        self._served = list(itertools.product(*options.values()))
-
-    def only_where(self, holds: Callable[..., bool]) -> _Settings:
-        """Of the combinations those for which ``holds`` of them."""
-        self._served = [these for these in self._served if holds(*these)]
-        return self
-
-    def obstacle(self, state: dict[str, Any]) -> str | None:
-        """What of a module's state is not among them, or ``None``."""
-        if self._read is None or (found := self._read(state)) in self._served:
-            return None
-        for count, name in enumerate(self._names, start=1):
-            if found[:count] not in [these[:count] for these in self._served]:
-                return f"its {name} is {state[name]}"
-        raise AssertionError("some prefix of what is not served is not served")
-
-
-def _stock(dims: int) -> dict[type[nn.Module], _Settings]:
+def _stock(dims: int) -> dict[type[nn.Module], dict[str, tuple[Any, ...]]]:
     """The modules of ``dims`` spatial dimensions that the ops reproduce, with the settings they do it for."""
 
     def alike(size: int) -> tuple[Any, ...]:
@@ -132,27 +108,25 @@ def _stock(dims: int) -> dict[type[nn.Module], _Settings]:
 
     zero, one, two, three = map(alike, range(4))
     avg_pool, max_pool = _POOLS[dims - 1]
-    conv = _Settings(
+    conv = dict(
         kernel_size=(one[1], three[1]),
         stride=(one[1],),
         padding=(zero[1], one[1]),
         dilation=(one[1],),
         groups=(1,),
         padding_mode=("zeros",),
-    ).only_where(lambda kernel_size, stride, padding, *_: padding[0] == kernel_size[0] // 2)
-    divisor = dict(divisor_override=(None,)) if dims > 1 else {}
-    average = _Settings(kernel_size=two, stride=two, padding=zero, ceil_mode=(False,), **divisor)
-    maximum = _Settings(
+    )
+    average = dict(kernel_size=two, stride=two, padding=zero, ceil_mode=(False,))
+    average |= dict(divisor_override=(None,)) if dims > 1 else {}
+    maximum = dict(
         kernel_size=three, stride=two, padding=one, dilation=one, ceil_mode=(False,), return_indices=(False,)
     )
     return {_CONVS[dims - 1]: conv, avg_pool: average, max_pool: maximum}
 
 
-_ANY = _Settings()
-
-_STOCK: dict[type[nn.Module], _Settings] = {
-    **dict.fromkeys((*_NORMS, nn.SyncBatchNorm, nn.ReLU), _ANY),
-    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), _ANY),
+_STOCK: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
+    **{kind: {} for kind in (*_NORMS, nn.SyncBatchNorm, nn.ReLU)},
+    **{kind: {} for kind in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)},
     **_stock(1),
     **_stock(2),
     **_stock(3),
@@ -165,7 +139,7 @@ _NORM_ACTS: set[type[nn.Module]] = set()
 
 def serve_norm_act(kind: type[nn.Module]) -> None:
     """Have the ops serve a class of norms that carry their activation as a child ``act``, and a dropout ``drop``."""
-    _STOCK.setdefault(kind, _ANY)
+    _STOCK.setdefault(kind, {})
     _NORM_ACTS.add(kind)
 
 

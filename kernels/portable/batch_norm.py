@@ -102,9 +102,10 @@ def affine_relu(x: Tensor, vectors: Affine, out: Tensor | None = None) -> Tensor
 def _as_norms_see(x: Tensor, chunk: Chunk) -> Tensor:
     """A chunk's [M, C] in the layout that PyTorch's own norms would have it in, whose kernels differ in exactness.
 
-    As one image [1, C, M, 1] in channels-last memory; of sequences contiguous, [1, C, M], whose sums are exacter.
+    As one image [1, C, M, 1] in channels-last memory; of sequences and volumes on CPUs contiguous, [1, C, M], whose
+    sums are exacter there.
     """
-    if chunk.is_of_sequences:
+    if x.device.type == "cpu" and not chunk.is_of_images:
         return x.t().contiguous().unsqueeze(0)
     (pixels, channels), (step, inner) = x.shape, x.stride()
     return x.as_strided((1, channels, pixels, 1), (pixels * step, inner, step, step))

@@ -25,8 +25,8 @@ class Chunk(NamedTuple):
         return self.rows.stop - self.rows.start
 
     @property
-    def is_of_sequences(self) -> bool:
-        return len(self.shape) == 2
+    def is_of_images(self) -> bool:
+        return len(self.shape) == 3
 
     def of(self, x: Tensor) -> Tensor:
         """Its rows of [M, C]; those of all images without a slice, which in a deep network adds up."""
