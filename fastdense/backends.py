@@ -77,7 +77,7 @@ def _cpu() -> Backend:
         f"C++ kernels for x86, on {library.isa}" if found else library,
         ("cpu",),
         tuple(cpu_library.DTYPES),
-        spatial_dims=(2, 3),
+        spatial_dims=(1, 2, 3),
     )
 
 

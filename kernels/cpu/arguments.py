@@ -31,9 +31,18 @@ def pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def extents(x: Tensor) -> dict[str, int]:
-    """Of [N, C, (D,) H, W], what all structs of arguments begin with."""
-    *depth, height, width = x.shape[2:]
-    return {"images": len(x), "depth": depth[0] if depth else 1, "height": height, "width": width}
+    """Of [N, C, *spatial], what all structs of arguments begin with."""
+    return {"images": len(x), **dict(zip(("depth", "height", "width"), _in_three_dimensions(x.shape[2:]), strict=True))}
+
+
+def taps(weight: Tensor) -> tuple[int, int, int]:
+    """Of [K, C, *kernel]: how many in depth, height and width."""
+    depth, height, width = _in_three_dimensions(weight.shape[2:])
+    return depth, height, width
+
+
+def _in_three_dimensions(sizes: Sequence[int]) -> list[int]:
+    return [1] * (3 - len(sizes)) + list(sizes)
 
 
 def pointers(tensors: Sequence[Tensor]) -> Array[c_void_p] | None:
@@ -87,16 +96,17 @@ class Norms:
 
 
 class Weights:
-    """Convolution weights [K, C, (kd,) k, k] of any strides; keeps alive what the pointers point to."""
+    """Convolution weights [K, C, *kernel] of any strides; keeps alive what the pointers point to."""
 
     def __init__(self, weights: Sequence[Tensor]):
         self._weights = [w if w.dtype in DTYPES else w.float() for w in weights]
         self.array = (WeightArgs * len(weights))()
         for arg, w in zip(self.array, self._weights, strict=True):
             arg.data, arg.dtype = w.data_ptr(), DTYPES[w.dtype]
-            w = w if w.dim() == 5 else w.unsqueeze(2)
-            arg.out, arg.in_, arg.depth, arg.size, _ = w.shape
-            arg.stride_out, arg.stride_in, arg.stride_d, arg.stride_h, arg.stride_w = w.stride()
+            arg.out, arg.in_, *_ = w.shape
+            arg.depth, arg.height, arg.width = taps(w)
+            arg.stride_out, arg.stride_in, *strides = w.stride()
+            arg.stride_d, arg.stride_h, arg.stride_w = _in_three_dimensions(strides)
 
 
 class Shares:

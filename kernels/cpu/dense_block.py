@@ -15,7 +15,7 @@ from ..contract import (
 )
 from ..group import join
 from ..portable.batch_norm import cast, laid_out_as, zero_stats
-from .arguments import Norms, Shares, Weights, extents, loaded, pixels, pointers
+from .arguments import Norms, Shares, Weights, extents, loaded, pixels, pointers, taps
 from .library import DTYPES, DenseBlockArgs, TrainingArgs, TrainingLayerArgs
 from .packing import packed
 
@@ -27,6 +27,7 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) ->
     source = pixels(x, store)
     out = empty_channels_last((len(x), layers.output_channels, *x.shape[2:]), store, x.device)
     weights = packed(library, layers.conv1_weight + layers.conv2_weight, dtype)
+    conv3_depth, conv3_height, _ = taps(layers.growth_weight[0])
     first, second = weights[: layers.num_layers], weights[layers.num_layers :]
     norms = Norms(
         layers.norm1_weight + layers.norm2_weight,
@@ -45,7 +46,8 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) ->
             norm2=norms.array_from(layers.num_layers),
             conv1=pointers(first if second else []),
             conv3=pointers(second or first),
-            conv3_depth=3 if x.dim() == 5 else 1,
+            conv3_depth=conv3_depth,
+            conv3_height=conv3_height,
             store=DTYPES[store],
             compute=DTYPES[dtype],
             norm_dtype=norms.dtype,

@@ -56,7 +56,7 @@ class WeightArgs(Structure):
 
     _fields_ = _fields(
         (c_void_p, "data"),
-        (c_int64, "out in_ depth size stride_out stride_in stride_d stride_h stride_w"),
+        (c_int64, "out in_ depth height width stride_out stride_in stride_d stride_h stride_w"),
         (c_int32, "dtype"),
     )
 
@@ -69,7 +69,7 @@ class DenseBlockArgs(Structure):
         (c_void_p, "x out"),
         (POINTER(NormArgs), "norm1 norm2"),
         (POINTER(c_void_p), "conv1 conv3"),
-        (c_int64, "conv3_depth"),
+        (c_int64, "conv3_depth conv3_height"),
         (c_int32, "store compute norm_dtype threads"),
     )
 

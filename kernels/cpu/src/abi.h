@@ -1,8 +1,8 @@
 // What crosses the border between Python and C++: plain structs, mirrored in kernels/cpu/library.py.
 //
 // No header of torch or Python is needed, so that one binary serves every version of both. Tensors come as
-// pointers to dense memory, pixels outermost (channels-last): a row is one pixel's channels. An image is a volume of
-// `depth` slices; of an image that is none, depth is 1.
+// pointers to dense memory, pixels outermost (channels-last): a row is one pixel's channels. Every image is a volume of
+// `depth` slices: depth is 1 of what is flat, and height too of a sequence.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@ struct Norm {
 // A convolution's weight as it is stored: [out, in, kd, kh, kw], strides in elements.
 struct Weight {
   const void* data;
-  int64_t out, in, depth, size;  // depth: kd, 1 but for a 3x3x3; size: kh = kw
+  int64_t out, in, depth, height, width;  // the last three are 1 or 3
   int64_t stride_out, stride_in, stride_d, stride_h, stride_w;
   int32_t dtype;
 };
@@ -43,8 +43,8 @@ struct DenseBlockArgs {
   const Norm* norm1;    // [L]
   const Norm* norm2;    // [L], null without bottlenecks
   const void* const* conv1;  // [L] packed 1x1 weights, null without bottlenecks
-  const void* const* conv3;  // [L] packed 3x3 weights, or 3x3x3
-  int64_t conv3_depth;  // 3 of 3x3x3, else 1
+  const void* const* conv3;  // [L] packed 3x3 weights, or 3x3x3 of volumes, or 3 of sequences
+  int64_t conv3_depth, conv3_height;  // their taps
   int32_t store;        // dtype of x and out
   int32_t compute;      // dtype that the convolutions round their results to
   int32_t norm_dtype;   // of all the norms' vectors
@@ -54,7 +54,7 @@ struct DenseBlockArgs {
 struct TransitionArgs {
   int64_t images, depth, height, width, channels, out_channels;  // depth, height, width: of x
   const void* x;       // [M, C], of `store`
-  void* out;           // [M / 4 or 8, C'], of `compute`
+  void* out;           // [pooled pixels, C'], of `compute`
   Norm norm;
   const void* conv;    // packed
   int32_t store, compute, norm_dtype, threads;

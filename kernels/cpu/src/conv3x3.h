@@ -1,4 +1,5 @@
-// 3x3 convolutions of padded pixels, and 3x3x3 as sums of three: tap by tap, or in floats by Winograd's F(2x2, 3x3),
+// 3x3 convolutions of padded pixels, 3x3x3 of volumes and 3 of sequences: tap by tap, or in floats, but for sequences,
+// by Winograd's F(2x2, 3x3),
 //
 //   Y = A^T [ (G w G^T) * (B^T d B) ] A        d: 4x4 pixels, Y: 2x2, the product a matrix multiply for each of 16 places
 //
@@ -9,24 +10,25 @@
 // Included by each instruction set's file, inside its namespace, after its Isa.
 
 // The pixels that a convolution computes at once: some images, some slices of one or some rows of one of these, as
-// they lie with their border in a buffer. Slices are counted over all images; a 3x3x3 sums over one slice before
-// and one behind (reach 1), which are in the buffer too.
+// they lie with their border in a buffer. Slices are counted over all images. A convolution sums over as many slices,
+// and rows, on either side as it reaches, which are in the buffer too.
 template <class Word>
 struct Window {
   static constexpr int64_t kEven = kIsWinograd<Word> ? 2 : 1;
   int64_t images, depth, height, width;
-  int64_t reach;     // 0 or 1
-  int64_t channels;  // of a pixel, padded
-  int64_t stride;    // of the pixels in the buffer, in elements
+  int64_t reach_z, reach_y;  // 1; or 0, of z where images are flat, of y where they are sequences
+  int64_t channels;          // of a pixel, padded
+  int64_t stride;            // of the pixels in the buffer, in elements
 
-  int64_t padded_depth() const { return depth + 2 * reach; }
-  int64_t padded_height() const { return round_up(height, kEven) + 2; }
-  int64_t padded_width() const { return round_up(width, kEven) + 2; }
+  bool by_winograd() const { return kIsWinograd<Word> && reach_y > 0; }
+  int64_t padded_depth() const { return depth + 2 * reach_z; }
+  int64_t padded_height() const { return reach_y > 0 ? round_up(height, kEven) + 2 : height; }
+  int64_t padded_width() const { return round_up(width, reach_y > 0 ? kEven : Isa::template kPixels<Word>) + 2; }
   int64_t slice_size() const { return padded_height() * padded_width(); }
   int64_t slices() const { return images * depth; }
   int64_t rows() const { return slices() * height; }
-  int64_t pixel(int64_t image, int64_t z, int64_t y, int64_t x) const {  // z from -reach, y and x from -1
-    return (image * padded_depth() + z + reach) * slice_size() + (y + 1) * padded_width() + x + 1;
+  int64_t pixel(int64_t image, int64_t z, int64_t y, int64_t x) const {  // z and y from -reach, x from -1
+    return (image * padded_depth() + z + reach_z) * slice_size() + (y + reach_y) * padded_width() + x + 1;
   }
   int64_t pixel(int64_t slice, int64_t y, int64_t x) const { return pixel(slice / depth, slice % depth, y, x); }
   int64_t size() const {  // in elements; a product whose rows are padded reads past the last pixel
@@ -51,9 +53,9 @@ void convolve_directly(const Window<Word>& window, const typename Word::Element*
   for (int64_t row = first, count; row < last; row += count) {
     const int64_t slice = row / window.height, top = row % window.height;
     count = std::min({together, last - row, window.height - top});
-    const auto* const pixels = reinterpret_cast<const Word*>(u) + window.pixel(slice, top - 1, -1) * pixel;
-    for (int64_t dz = -window.reach, taps = 0; dz <= window.reach; ++dz)
-      for (int64_t dy = 0; dy < 3; ++dy, ++taps)
+    const auto* const pixels = reinterpret_cast<const Word*>(u) + window.pixel(slice, top, -1) * pixel;
+    for (int64_t dz = -window.reach_z, taps = 0; dz <= window.reach_z; ++dz)
+      for (int64_t dy = -window.reach_y; dy <= window.reach_y; ++dy, ++taps)
         gemm<Word>({pixels + (dz * window.slice_size() + dy * width) * pixel, pixel,
                     (count - 1) * width + window.width, 3, pixel},
                    {w + taps * 3 * k * columns, 3 * k, columns, 0, k}, y, taps > 0);
@@ -125,14 +127,14 @@ template <class Sink>
 void convolve_by_winograd(const Window<FloatWord>& window, const float* u, const void* packed, int64_t columns,
                           int64_t first, int64_t last, const Sink& sink) {
   const int64_t across = window.tiles_across(), tiles = (last - first) * across;
-  const int64_t summed = 2 * window.reach + 1, c = summed * window.channels;
+  const int64_t summed = 2 * window.reach_z + 1, c = summed * window.channels;
   const int64_t v_step = tiles * c + Isa::kLanes, m_step = tiles * columns + Isa::kLanes;
   const auto* const w = static_cast<const FloatWord*>(packed) + 9 * c * columns;
   Scratch& scratch = Scratch::of_this_thread();
   float* const v = scratch.z.get<float>(16 * v_step);
   float* const m = scratch.product.get<float>(16 * m_step);
   for (int64_t slice = 0; slice < summed; ++slice)
-    transform_inputs(window, u, slice - window.reach, first, last, v + slice * window.channels, c, v_step);
+    transform_inputs(window, u, slice - window.reach_z, first, last, v + slice * window.channels, c, v_step);
   for (int64_t i = 0; i < 16; ++i)
     gemm<FloatWord>({reinterpret_cast<const FloatWord*>(v + i * v_step), c, tiles},
                     {w + i * c * columns, c, columns, 0, c}, m + i * m_step, false);
@@ -159,9 +161,8 @@ template <class Word, class Sink>
 void convolve(const Window<Word>& window, const typename Word::Element* u, const void* packed, int64_t columns,
               const Sink& sink) {
   if constexpr (kIsWinograd<Word>)
-    convolve_by_winograd(window, u, packed, columns, 0, window.bands(), sink);
-  else
-    convolve_directly(window, u, packed, columns, 0, window.rows(), sink);
+    if (window.by_winograd()) return convolve_by_winograd(window, u, packed, columns, 0, window.bands(), sink);
+  convolve_directly(window, u, packed, columns, 0, window.rows(), sink);
 }
 
 // A dY A^T of one tile: place i of channel n at the i-th `step` of a panel's row.
@@ -193,7 +194,7 @@ inline void transform_gradient(const Window<FloatWord>& window, const float* dy,
 
 // Adds a window's part of the weight's gradient in Winograd's places: [16, channels of u, channels of dy] for each of
 // the slices that are summed.
-inline void add_weight_gradient(const Window<FloatWord>& u_window, const float* u, const Window<FloatWord>& dy_window,
+inline void add_weight_gradient_in_places(const Window<FloatWord>& u_window, const float* u, const Window<FloatWord>& dy_window,
                                 const float* dy, float* sum) {
   const int64_t tiles = u_window.bands() * u_window.tiles_across(), depth = round_up(tiles, 4);
   const int64_t c = u_window.channels, columns = dy_window.channels;
@@ -214,11 +215,30 @@ inline void add_weight_gradient(const Window<FloatWord>& u_window, const float* 
       std::memset(m + i * m_step + panel * depth + tiles * width, 0, (depth - tiles) * width * sizeof(float));
     }
   }
-  for (int64_t dz = -u_window.reach; dz <= u_window.reach; ++dz) {
+  for (int64_t dz = -u_window.reach_z; dz <= u_window.reach_z; ++dz) {
     transform_inputs(u_window, u, dz, 0, u_window.bands(), v, stride, v_step);
     for (int64_t i = 0; i < 16; ++i, sum += c * columns)
       add_gemm<FloatWord>({reinterpret_cast<const FloatWord*>(v + i * v_step), stride, c},
                           {reinterpret_cast<const FloatWord*>(m + i * m_step), depth, columns, 0, depth}, sum);
+  }
+}
+
+// The same of sequences, by taps: [3, channels of u, channels of dy].
+inline void add_weight_gradient_of_sequences(const Window<FloatWord>& u_window, const float* u,
+                                             const Window<FloatWord>& dy_window, const float* dy, float* sum) {
+  const int64_t c = u_window.channels, columns = dy_window.channels, depth = dy_window.padded_width() - 2;
+  const PixelPanels<FloatWord> panels{Scratch::of_this_thread().gradient.get<float>(depth * columns), depth, columns};
+  for (int64_t sequence = 0; sequence < dy_window.slices(); ++sequence) {
+    const float* const gradient = dy + dy_window.pixel(sequence, 0, 0) * dy_window.stride;
+    for (int64_t x = 0; x < depth; ++x)
+      for (int64_t v = 0; v < columns; v += Isa::kLanes) {
+        const Vector values[1] = {Isa::load(gradient + x * dy_window.stride + v)};
+        panels.store(x, v, values);
+      }
+    const float* const first = u + u_window.pixel(sequence, 0, -1) * u_window.stride;
+    for (int64_t tap = 0; tap < 3; ++tap)
+      add_gemm<FloatWord>({reinterpret_cast<const FloatWord*>(first + tap * u_window.stride), u_window.stride, c},
+                          panels.panels(0, depth), sum + tap * c * columns);
   }
 }
 
@@ -247,9 +267,9 @@ struct PixelGrid {
   int64_t size() const { return at(slices, -1); }
 };
 
-// Adds a window's part of the weight's gradient: [out, columns] for each of 9 or 27 taps. u(slice, z, y, x, channel)
-// are kLanes of the `columns` channels of a pixel z slices behind one of the window's; its rows y, from -1 to the
-// window's height, are zeros unless exists(slice, z, y).
+// Adds a window's part of the weight's gradient: [out, columns] for each of 9 or 27 taps; of sequences, for the middle
+// row of 9. u(slice, z, y, x, channel) are kLanes of the `columns` channels of a pixel z slices behind one of the
+// window's; its rows y, from -1 to the window's height, are zeros unless exists(slice, z, y).
 template <class Word, class Exists, class U, class I = Isa>
 void add_weight_gradient(const Window<Word>& dy_window, const typename Word::Element* dy, int64_t out, int64_t columns,
                          const Exists& exists, const U& u, float* sum) {
@@ -273,7 +293,7 @@ void add_weight_gradient(const Window<Word>& dy_window, const typename Word::Ele
 
   const int64_t words = pitch + depth / e;
   const PixelPanels<Word> panels{scratch.z.template get<Element>(words * e * columns), words, columns};
-  for (int64_t dz = -dy_window.reach; dz <= dy_window.reach; ++dz) {
+  for (int64_t dz = -dy_window.reach_z; dz <= dy_window.reach_z; ++dz, sum += 9 * weight_sum_size(out, columns)) {
     for (int64_t slice = 0; slice < grid.slices; ++slice)
       for (int64_t y = -1; y <= grid.height; ++y) {
         const int64_t first = grid.at(slice, y + 1) / e;
@@ -290,8 +310,8 @@ void add_weight_gradient(const Window<Word>& dy_window, const typename Word::Ele
       }
     panels.clear((grid.size() + 2 * pitch) / e, words);
 
-    for (int64_t tap = 0; tap < 9; ++tap, sum += weight_sum_size(out, columns))
+    for (int64_t tap = 3 - 3 * dy_window.reach_y; tap < 6 + 3 * dy_window.reach_y; ++tap)
       gemm<Word>({reinterpret_cast<const Word*>(transposed + 2 - tap % 3), stride / e, out},
-                 panels.panels(tap / 3 * pitch / e, depth / e), sum, true);
+                 panels.panels(tap / 3 * pitch / e, depth / e), sum + tap * weight_sum_size(out, columns), true);
   }
 }

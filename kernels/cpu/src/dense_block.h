@@ -69,8 +69,8 @@ class DenseBlock {
   int64_t channels(int64_t layer) const { return p_.input_channels + layer * p_.growth_rate; }
 
   void run_images(int64_t image, int64_t count, const Team& team) {
-    const int64_t reach = p_.conv3_depth / 2;
-    const Window<Word> widest{count, p_.depth, p_.height, p_.width, reach, u_channels_, u_channels_};
+    const Window<Word> widest{count, p_.depth, p_.height, p_.width, p_.conv3_depth / 2, p_.conv3_height / 2,
+                              u_channels_, u_channels_};
     Element* const u = Scratch::of_this_thread().u.template get<Element>(widest.size());
     std::memset(static_cast<void*>(u), 0, widest.size() * sizeof(Element));
     copy_input(image * pixels_, count * pixels_, team);
@@ -130,20 +130,21 @@ class DenseBlock {
       for (int64_t x = 0; x < p_.width; ++x, target += channels_)
         store_row<Round>(row + x * columns, p_.growth_rate, target);
     };
-    if constexpr (kIsWinograd<Word>) {
-      const int64_t bands = window.bands();
-      const int64_t pieces = team.pieces(bands, std::max<int64_t>(1, kTiles / window.tiles_across()));
-      team.run(pieces, [&](int64_t begin, int64_t end) {
-        for (int64_t piece = begin; piece < end; ++piece)
-          convolve_by_winograd(window, u, p_.conv3[layer], columns, bands * piece / pieces,
-                               bands * (piece + 1) / pieces, store);
-      });
-    } else {
-      team.run(window.rows(), [&](int64_t begin, int64_t end) {
-        [[maybe_unused]] const typename Isa::Session session;
-        convolve_directly(window, u, p_.conv3[layer], columns, begin, end, store);
-      });
-    }
+    if constexpr (kIsWinograd<Word>)
+      if (window.by_winograd()) {
+        const int64_t bands = window.bands();
+        const int64_t pieces = team.pieces(bands, std::max<int64_t>(1, kTiles / window.tiles_across()));
+        team.run(pieces, [&](int64_t begin, int64_t end) {
+          for (int64_t piece = begin; piece < end; ++piece)
+            convolve_by_winograd(window, u, p_.conv3[layer], columns, bands * piece / pieces,
+                                 bands * (piece + 1) / pieces, store);
+        });
+        return;
+      }
+    team.run(window.rows(), [&](int64_t begin, int64_t end) {
+      [[maybe_unused]] const typename Isa::Session session;
+      convolve_directly(window, u, p_.conv3[layer], columns, begin, end, store);
+    });
   }
 
   const DenseBlockArgs& p_;

@@ -1,8 +1,8 @@
 // Weights as the multiply reads them: once packed, used until the weight changes.
 //
 //   1x1               one matrix [in, out]
-//   3x3, 3x3x3        one matrix [3 * in, out] for each row of taps, slice by slice
-//   these in floats   then F(2x2, 3x3) of Winograd, U = G w G^T of each slice: one matrix [slices * in, out] for each
+//   3, 3x3, 3x3x3     one matrix [3 * in, out] for each row of taps, slice by slice
+//   3x3s in floats    then F(2x2, 3x3) of Winograd, U = G w G^T of each slice: one matrix [slices * in, out] for each
 //                     of 16 places
 //
 // A matrix [depth, columns] is cut into panels of kPanel columns, each [depth / e][column][e] with e elements a
@@ -45,8 +45,7 @@ class Packer {
   explicit Packer(const Weight& w) : w_(w), in_(round_up(w.in, kAligned)), columns_(round_up(w.out, Isa::kLanes)) {}
 
   int64_t bytes() const {
-    const int64_t taps = w_.size * w_.size, places = w_.size == 3 && kIsWinograd<Word> ? 16 : 0;
-    return w_.depth * (taps + places) * in_ * columns_ * sizeof(Element);
+    return w_.depth * (w_.height * w_.width + (has_places() ? 16 : 0)) * in_ * columns_ * sizeof(Element);
   }
 
   void pack(void* target) const { pack(target, 0, columns_); }
@@ -57,22 +56,24 @@ class Packer {
     with_element_type(w_.dtype, [&](auto* type) {
       using Source = std::remove_pointer_t<decltype(type)>;
       for (int64_t z = 0; z < w_.depth; ++z)
-        for (int64_t y = 0; y < w_.size; ++y)
-          for (int64_t x = 0; x < w_.size; ++x)
-            pack_tap<Source>(z, y, x, first, last, packed + (z * w_.size + y) * w_.size * in_ * columns_);
+        for (int64_t y = 0; y < w_.height; ++y)
+          for (int64_t x = 0; x < w_.width; ++x)
+            pack_tap<Source>(z, y, x, first, last, packed + (z * w_.height + y) * w_.width * in_ * columns_);
       if constexpr (kIsWinograd<Word>)
-        for (int64_t z = 0; z < w_.depth && w_.size == 3; ++z)
+        for (int64_t z = 0; z < w_.depth && has_places(); ++z)
           pack_places<Source>(z, first, last, packed + w_.depth * 9 * in_ * columns_);
     });
   }
 
  private:
+  bool has_places() const { return kIsWinograd<Word> && w_.height == 3; }
+
   template <class Source>
   void pack_tap(int64_t z, int64_t y, int64_t x, int64_t first, int64_t last, Element* matrix) const {
     constexpr int64_t e = Word::kElements;
     const auto* const data =
         static_cast<const Source*>(w_.data) + z * w_.stride_d + y * w_.stride_h + x * w_.stride_w;
-    const int64_t depth = w_.size * in_;
+    const int64_t depth = w_.width * in_;
     for (int64_t panel = first; panel < last; panel += Isa::kPanel) {
       const int64_t width = std::min<int64_t>(Isa::kPanel, columns_ - panel), count = std::min(width, w_.out - panel);
       const Source* const source = data + panel * w_.stride_out;
@@ -154,8 +155,8 @@ class Packer {
 // The weight with which the gradient of the output makes that of the input: its transpose, its taps turned around.
 inline Weight transposed(const Weight& w) {
   const int64_t element_size = w.dtype == kFloat32 ? 4 : 2;
-  const int64_t last_tap = (w.depth - 1) * w.stride_d + (w.size - 1) * (w.stride_h + w.stride_w);
-  return {static_cast<const char*>(w.data) + last_tap * element_size, w.in, w.out, w.depth, w.size,
+  const int64_t last_tap = (w.depth - 1) * w.stride_d + (w.height - 1) * w.stride_h + (w.width - 1) * w.stride_w;
+  return {static_cast<const char*>(w.data) + last_tap * element_size, w.in, w.out, w.depth, w.height, w.width,
           w.stride_in, w.stride_out, -w.stride_d, -w.stride_h, -w.stride_w, w.dtype};
 }
 

@@ -2,13 +2,14 @@
 //
 // Included by each instruction set's file, inside its namespace, after its Isa.
 
-// A transition's pool, of 2x2 pixels, or 2x2x2 of volumes.
+// A transition's pool, of 2x2 pixels, 2x2x2 of volumes and 2 of sequences.
 struct AveragePool {
   int64_t images, depth, height, width;  // what it takes
 
   bool of_volumes() const { return depth > 1; }
+  bool of_sequences() const { return height == 1; }
   int64_t pooled_depth() const { return of_volumes() ? depth / 2 : 1; }
-  int64_t pooled_height() const { return height / 2; }
+  int64_t pooled_height() const { return of_sequences() ? 1 : height / 2; }
   int64_t pooled_width() const { return width / 2; }
   int64_t pooled_pixels() const { return images * pooled_depth() * pooled_height() * pooled_width(); }
 
@@ -27,18 +28,17 @@ struct AveragePool {
     return ((slice / depth * pooled_depth() + z) * pooled_height() + i) * pooled_width() + j;
   }
 
-  float share() const { return of_volumes() ? 0.125f : 0.25f; }  // of a pixel in what it makes
+  float share() const { return of_volumes() ? 0.125f : of_sequences() ? 0.5f : 0.25f; }  // of a pixel in what it makes
 
   // relu(affine(x)) from a corner on, of kLanes of a pixel's channels or of those that exist.
   template <class Store>
   Vector average(const Store* corner, int64_t channels, int64_t c, const Affine& norm) const {
     const int64_t below = width * channels, behind = height * below;
     const auto at = [&](int64_t step) { return norm(load_up_to(corner + step + c, channels - c), c); };
-    const auto of_slice = [&](int64_t step) {
-      return Isa::add(Isa::add(at(step), at(step + channels)), Isa::add(at(step + below), at(step + below + channels)));
-    };
-    Vector sum = of_slice(0);
-    if (of_volumes()) sum = Isa::add(sum, of_slice(behind));
+    const auto of_row = [&](int64_t step) { return Isa::add(at(step), at(step + channels)); };
+    Vector sum = of_row(0);
+    if (!of_sequences()) sum = Isa::add(sum, of_row(below));
+    if (of_volumes()) sum = Isa::add(sum, Isa::add(of_row(behind), of_row(behind + below)));
     return Isa::mul(sum, Isa::broadcast(share()));
   }
 };

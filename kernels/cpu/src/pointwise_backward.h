@@ -25,9 +25,9 @@ void norm_relu_backward(const PointwiseGradArgs& p, const Team& team, const Norm
   const int64_t c = p.channels, padded = round_up(c, Isa::kLanes);
   const int64_t rows = p.images * p.depth * p.height;
   const auto* const x = static_cast<const Store*>(p.x);
-  const auto for_each = [&](int64_t row, const auto& use) {  // use(element, channel, how many exist, x, da)
-    const int64_t slice = row / p.height, y = row % p.height;
-    for (int64_t j = 0; j < p.width; ++j) {
+  const auto for_each = [&](int64_t row, int64_t first, int64_t last, const auto& use) {
+    const int64_t slice = row / p.height, y = row % p.height;  // use(element, channel, how many exist, x, da)
+    for (int64_t j = first; j < last; ++j) {
       const int64_t pixel = (row * p.width + j) * c;
       const auto dz_of_pixel = dz(slice, y, j);
       for (int64_t v = 0; v < padded; v += Isa::kLanes) {
@@ -41,17 +41,19 @@ void norm_relu_backward(const PointwiseGradArgs& p, const Team& team, const Norm
   sums.begin(team.threads, 2 * padded);
   team.run_parts(team.threads, rows, [&](int64_t slot, int64_t begin, int64_t end) {
     double* const sum = sums.clear(slot);
-    float* const s1 = Scratch::of_this_thread().row.get<float>(2 * padded);  // of a row
+    float* const s1 = Scratch::of_this_thread().row.get<float>(2 * padded);  // of some pixels of a row
     float* const s2 = s1 + padded;
-    for (int64_t row = begin; row < end; ++row) {
-      std::memset(s1, 0, 2 * padded * sizeof(float));
-      for_each(row, [&](int64_t, int64_t v, int64_t, Vector value, Vector da) {
-        const Vector centred = Isa::sub(value, Isa::load(norm.mean + v));
-        Isa::store(s1 + v, Isa::add(Isa::load(s1 + v), da));
-        Isa::store(s2 + v, Isa::multiply_add(da, centred, Isa::load(s2 + v)));
-      });
-      for (int64_t v = 0; v < 2 * padded; v += Isa::kLanes) add_to(sum + v, Isa::load(s1 + v));
-    }
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t first = 0; first < p.width; first += kSummedInFloats) {
+        std::memset(s1, 0, 2 * padded * sizeof(float));
+        const int64_t last = std::min(p.width, first + kSummedInFloats);
+        for_each(row, first, last, [&](int64_t, int64_t v, int64_t, Vector value, Vector da) {
+          const Vector centred = Isa::sub(value, Isa::load(norm.mean + v));
+          Isa::store(s1 + v, Isa::add(Isa::load(s1 + v), da));
+          Isa::store(s2 + v, Isa::multiply_add(da, centred, Isa::load(s2 + v)));
+        });
+        for (int64_t v = 0; v < 2 * padded; v += Isa::kLanes) add_to(sum + v, Isa::load(s1 + v));
+      }
   });
   std::vector<float> through(2 * padded);
   float* const through_p = through.data();
@@ -60,7 +62,7 @@ void norm_relu_backward(const PointwiseGradArgs& p, const Team& team, const Norm
   if (p.batch && p.add_up != nullptr) p.add_up(through_p, through_q, c);
   team.run(rows, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
-      for_each(row, [&](int64_t at, int64_t v, int64_t exist, Vector value, Vector da) {
+      for_each(row, 0, p.width, [&](int64_t at, int64_t v, int64_t exist, Vector value, Vector da) {
         const Vector scaled = Isa::mul(da, Isa::load(norm.scale + v));
         const Vector passed = through_statistics(value, Isa::load(norm.mean + v), Isa::load(through_p + v),
                                                  Isa::load(through_q + v));

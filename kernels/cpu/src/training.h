@@ -78,7 +78,8 @@ class TrainingBlock {
         x_(static_cast<Store*>(args.out)),
         grad_(static_cast<Gradient*>(args.grad)),
         windows_(args.images, args.depth, args.height, args.width, args.threads),
-        reach_(args.layer[0].conv3.depth / 2),
+        reach_z_(args.layer[0].conv3.depth / 2),
+        reach_y_(args.layer[0].conv3.height / 2),
         shares_statistics_(std::any_of(args.layer, args.layer + args.layers,
                                        [](const TrainingLayer& layer) { return layer.batch1 != 0; })) {}
 
@@ -260,19 +261,20 @@ class TrainingBlock {
   template <class Source, class Use>
   void mask_row(const Source* x, int64_t stride, int64_t c, const Normalization& norm, const float* du,
                 int64_t columns, double* s1, double* s2, const Use& use) {
-    for (int64_t v = 0; v < columns; v += Isa::kLanes) {
-      Vector sum1 = Isa::zero(), sum2 = Isa::zero();
-      const Vector mean = Isa::load(norm.mean + v);
-      for (int64_t j = 0; j < p_.width; ++j) {
-        const Vector value = load_up_to(x + j * stride + v, c - v);
-        const Vector da = Isa::where_positive(norm(value, v), Isa::load(du + j * columns + v));
-        sum1 = Isa::add(sum1, da);
-        sum2 = Isa::multiply_add(da, Isa::sub(value, mean), sum2);
-        use(j, v, da, c - v);
+    for (int64_t block = 0; block < p_.width; block += kSummedInFloats)
+      for (int64_t v = 0; v < columns; v += Isa::kLanes) {
+        Vector sum1 = Isa::zero(), sum2 = Isa::zero();
+        const Vector mean = Isa::load(norm.mean + v);
+        for (int64_t j = block; j < std::min(p_.width, block + kSummedInFloats); ++j) {
+          const Vector value = load_up_to(x + j * stride + v, c - v);
+          const Vector da = Isa::where_positive(norm(value, v), Isa::load(du + j * columns + v));
+          sum1 = Isa::add(sum1, da);
+          sum2 = Isa::multiply_add(da, Isa::sub(value, mean), sum2);
+          use(j, v, da, c - v);
+        }
+        add_to(s1 + v, sum1);
+        add_to(s2 + v, sum2);
       }
-      add_to(s1 + v, sum1);
-      add_to(s2 + v, sum2);
-    }
   }
 
   // Adds scale * da to G, at pixels from `first`.
@@ -406,7 +408,11 @@ class TrainingBlock {
                           int64_t stride, int64_t c, const Normalization& norm, float* sum) const {
     if constexpr (kIsWinograd<Word>) {
       const Window<Word> window = padded_window(place, padded(c));
-      add_weight_gradient(window, make_u(place, window, source, stride, c, norm), dy_window, dy, sum);
+      const float* const u = make_u(place, window, source, stride, c, norm);
+      if (window.by_winograd())
+        add_weight_gradient_in_places(window, u, dy_window, dy, sum);
+      else
+        add_weight_gradient_of_sequences(window, u, dy_window, dy, sum);
     } else {
       add_weight_gradient<Word>(
           dy_window, dy, p_.growth_rate, round_up(c, Isa::kLanes),
@@ -421,42 +427,49 @@ class TrainingBlock {
   int64_t conv3_sum_size(int64_t columns) const {
     const int64_t of_slice =
         kIsWinograd<Word> ? 16 * columns * growth_padded_ : 9 * weight_sum_size(p_.growth_rate, columns);
-    return (2 * reach_ + 1) * of_slice;
+    return (2 * reach_z_ + 1) * of_slice;
   }
 
-  // dW2, [k, C, (3,) 3, 3], from those parts' sums.
+  // dW2, [k, C, ((3,) 3,) 3], from those parts' sums.
   void finish_conv3(int64_t c, int64_t columns, float* out) {
-    const int64_t slices = 2 * reach_ + 1, size = conv3_sum_size(columns) / slices;
+    const int64_t slices = 2 * reach_z_ + 1, taps = 3 * (2 * reach_y_ + 1), size = conv3_sum_size(columns) / slices;
     for (int64_t slice = 0; slice < slices; ++slice)
-      finish_conv3(c, columns, slice * size, out + 9 * slice, 9 * slices);
+      finish_conv3(c, columns, slice * size, out + taps * slice, taps, taps * slices);
   }
 
-  // Of one slice of the taps, whose sums begin at `start`; the next channel's taps are `step` floats further.
-  void finish_conv3(int64_t c, int64_t columns, int64_t start, float* out, int64_t step) {
+  // Of one slice, whose sums begin at `start`, some taps; the next channel's are `step` floats further.
+  void finish_conv3(int64_t c, int64_t columns, int64_t start, float* out, int64_t taps, int64_t step) {
     if constexpr (kIsWinograd<Word>) {
       team_.run(c, [&](int64_t begin, int64_t end) {
         float values[9][Isa::kLanes];
         for (int64_t n = 0; n < p_.growth_rate; n += Isa::kLanes)
           for (int64_t channel = begin; channel < end; ++channel) {
-            Vector places[4][4], taps[3][3];
-            for (int64_t i = 0; i < 16; ++i)
-              places[i / 4][i % 4] = weight_sums_.total(start + (i * columns + channel) * growth_padded_ + n);
-            transform_weight_gradient(places, taps);
-            for (int tap = 0; tap < 9; ++tap) Isa::store(values[tap], taps[tap / 3][tap % 3]);
+            const auto sum = [&](int64_t i) {
+              return weight_sums_.total(start + (i * columns + channel) * growth_padded_ + n);
+            };
+            if (reach_y_ > 0) {
+              Vector places[4][4], made[3][3];
+              for (int i = 0; i < 16; ++i) places[i / 4][i % 4] = sum(i);
+              transform_weight_gradient(places, made);
+              for (int tap = 0; tap < 9; ++tap) Isa::store(values[tap], made[tap / 3][tap % 3]);
+            } else {
+              for (int tap = 0; tap < 3; ++tap) Isa::store(values[tap], sum(tap));
+            }
             for (int64_t lane = 0; lane < std::min<int64_t>(Isa::kLanes, p_.growth_rate - n); ++lane)
-              for (int tap = 0; tap < 9; ++tap) out[((n + lane) * c + channel) * step + tap] = values[tap][lane];
+              for (int tap = 0; tap < taps; ++tap) out[((n + lane) * c + channel) * step + tap] = values[tap][lane];
           }
       });
     } else {
       team_.run(p_.growth_rate, [&](int64_t begin, int64_t end) {
         float values[9][Isa::kLanes];
+        const int64_t first = start + (9 - taps) / 2 * weight_sum_size(p_.growth_rate, columns);
         for (int64_t n = begin; n < end; ++n)
           for (int64_t v = 0; v < c; v += Isa::kLanes) {
-            for (int tap = 0; tap < 9; ++tap)
+            for (int tap = 0; tap < taps; ++tap)
               Isa::store(values[tap],
-                         weight_sums_.total(start + tap * weight_sum_size(p_.growth_rate, columns) + n * columns + v));
+                         weight_sums_.total(first + tap * weight_sum_size(p_.growth_rate, columns) + n * columns + v));
             for (int64_t lane = 0; lane < std::min<int64_t>(Isa::kLanes, c - v); ++lane)
-              for (int tap = 0; tap < 9; ++tap) out[(n * c + v + lane) * step + tap] = values[tap][lane];
+              for (int tap = 0; tap < taps; ++tap) out[(n * c + v + lane) * step + tap] = values[tap][lane];
           }
       });
     }
@@ -477,20 +490,21 @@ class TrainingBlock {
   }
 
   Window<Word> padded_window(const Place& place, int64_t channels) const {
-    return {place.images, place.slices, place.rows, p_.width, reach_, channels, channels};
+    return {place.images, place.slices, place.rows, p_.width, reach_z_, reach_y_, channels, channels};
   }
 
   template <class Sink>
   void convolve_in_parts(const Window<Word>& window, const Element* u, const void* w, int64_t columns,
                          const Sink& sink) const {
-    if constexpr (kIsWinograd<Word>) {
-      const int64_t bands = window.bands(), parts = ceil_div(bands * window.tiles_across(), kTiles);
-      const int64_t pieces = std::min(bands, parts);
-      for (int64_t piece = 0; piece < pieces; ++piece)
-        convolve_by_winograd(window, u, w, columns, bands * piece / pieces, bands * (piece + 1) / pieces, sink);
-    } else {
-      convolve_directly(window, u, w, columns, 0, window.rows(), sink);
-    }
+    if constexpr (kIsWinograd<Word>)
+      if (window.by_winograd()) {
+        const int64_t bands = window.bands(), parts = ceil_div(bands * window.tiles_across(), kTiles);
+        const int64_t pieces = std::min(bands, parts);
+        for (int64_t piece = 0; piece < pieces; ++piece)
+          convolve_by_winograd(window, u, w, columns, bands * piece / pieces, bands * (piece + 1) / pieces, sink);
+        return;
+      }
+    convolve_directly(window, u, w, columns, 0, window.rows(), sink);
   }
 
   // Calls make(pixel, target) for a window's pixels and the rows and slices beside it, and sets zeros beyond the image.
@@ -503,8 +517,8 @@ class TrainingBlock {
     const int64_t right = window.padded_width() - 1 - window.width;
     Element* target = buffer;
     for (int64_t image = 0; image < window.images; ++image)
-      for (int64_t z = -reach_; z < window.depth + reach_; ++z)
-        for (int64_t row = -1; row < window.padded_height() - 1; ++row) {
+      for (int64_t z = -reach_z_; z < window.depth + reach_z_; ++z)
+        for (int64_t row = -reach_y_; row < window.padded_height() - reach_y_; ++row) {
           if (!exists(place, z, row)) {
             clear(target, window.padded_width());
             target += window.padded_width() * window.stride;
@@ -568,7 +582,7 @@ class TrainingBlock {
   Store* const x_;
   Gradient* const grad_;
   const Windows windows_;
-  const int64_t reach_;  // of a 3x3x3, 1
+  const int64_t reach_z_, reach_y_;  // of its 3x3s
   const bool shares_statistics_;
   Normalization norm1_, norm2_;
   Statistics statistics_;
