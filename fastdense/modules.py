@@ -88,13 +88,7 @@ class FusedBlock(nn.Module):
             x, layers, biases = x.flip(1), _backwards(layers), [bias.flip(0) for bias in biases]
         stats = None
         if not needs_grad and not uses_batch and not layers.growth_mask:
-            shift = torch.cat([x.new_zeros(channels), *biases]) if biases else None
-            if shift is not None:  # the buffer holds the features without it
-                means = [mean - shift[: len(mean)] for mean in layers.norm1_running_mean]
-                layers = layers._replace(norm1_running_mean=means)
-            out = ops.dense_block_inference(x, layers, dtype=dtype, backend=backend)
-            if shift is not None:
-                out.add_(shift.to(out.dtype).view(-1, *[1] * (out.dim() - 2)))
+            out = _inference(x, layers, biases, dtype, backend)
         else:
             if biases:
                 first = 1
@@ -256,6 +250,16 @@ def _backwards(layers: DenseLayers) -> DenseLayers:
     )
     field = "conv2_weight" if layers.has_bottleneck else "conv1_weight"
     return turned._replace(**{field: flipped(getattr(turned, field), 0)})
+
+
+def _inference(x: Tensor, layers: DenseLayers, biases: list[Tensor], dtype: torch.dtype, backend: str) -> Tensor:
+    """The features at running statistics. With biases: made without them, of which the norms know, then shifted."""
+    if not biases:
+        return ops.dense_block_inference(x, layers, dtype=dtype, backend=backend)
+    shift = torch.cat([x.new_zeros(x.shape[1]), *biases])
+    means = [mean - shift[: len(mean)] for mean in layers.norm1_running_mean]
+    out = ops.dense_block_inference(x, layers._replace(norm1_running_mean=means), dtype=dtype, backend=backend)
+    return out.add_(shift.to(out.dtype).view(-1, *[1] * (out.dim() - 2)))
 
 
 def _with_biases(x: Tensor, layers: DenseLayers, biases: list[Tensor]) -> tuple[Tensor, DenseLayers]:

@@ -231,23 +231,34 @@ def test_network_of_other_dimensions(kernels, spatial, twins, randn, check):
     check(pair, [randn(2, 3, *spatial, seed=seed) for seed in range(3)], "fp32")
 
 
+any_layer = dict(growth=st.sampled_from([1, 12, 31, 32, 33, 48]), bn_size=st.sampled_from([None, 1, 4]))
+
+
 @given(
     channels=st.integers(1, 70),
-    growth=st.sampled_from([1, 12, 31, 32, 33, 48]),
-    bn_size=st.sampled_from([None, 1, 4]),
-    batch=st.integers(1, 5),
-    case=st.one_of(
-        st.tuples(
-            st.one_of(st.tuples(st.integers(2, 300)), st.tuples(st.integers(1, 57), st.integers(2, 57))),
-            st.sampled_from(sorted(PRECISIONS)),
-        ),
-        st.tuples(  # in float16 stock PyTorch takes minutes
-            st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(2, 22)), st.sampled_from(["fp32", "bf16"])
-        ),
-    ),
+    **any_layer,
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 57), st.integers(2, 57)),
+    precision=st.sampled_from(sorted(PRECISIONS)),
 )
-def test_any_shape(kernels, channels, growth, bn_size, batch, case, train, twins, randn, check):
-    spatial, precision = case
+def test_any_shape(kernels, channels, growth, bn_size, shape, precision, train, twins, randn, check):
+    n, h, w = shape
+    block = dict(num_layers=2, num_input_features=channels, growth_rate=growth, bn_size=bn_size)
+    check(twins("block", **block), [randn(n, channels, h, w, seed=seed) for seed in range(3)], precision)
+
+
+@given(
+    batch=st.integers(1, 5),
+    channels=st.integers(8, 70),
+    **any_layer,
+    spatial=st.one_of(
+        st.tuples(st.integers(7, 300)),
+        st.tuples(st.integers(1, 5), st.integers(2, 9), st.integers(2, 22)),
+    ),
+    precision=st.sampled_from(["fp32", "bf16"]),  # in float16 stock PyTorch's volumes take minutes
+)
+def test_any_shape_of_sequences_and_volumes(
+    kernels, batch, channels, growth, bn_size, spatial, precision, train, twins, randn, check
+):
     block = dict(num_layers=2, num_input_features=channels, growth_rate=growth, bn_size=bn_size)
     pair = twins("block", **block, spatial_dims=len(spatial))
     check(pair, [randn(batch, channels, *spatial, seed=seed) for seed in range(3)], precision)
@@ -258,6 +269,7 @@ LAYER_OPTIONS = {
     "dropout": dict(drop_rate=0.4),
     "dropout after every convolution": dict(drop_rate=0.4, drop_every_conv=True),
     "no bottleneck, dropout": dict(bn_size=None, drop_rate=0.4),
+    "volumes, memory-efficient, dropout": dict(memory_efficient=True, drop_rate=0.4, spatial_dims=3),
 }
 
 
@@ -269,10 +281,12 @@ def test_training_options(kernels, options, precision, frozen, twins, randn, ass
     pair = twins("block", num_layers=3, num_input_features=10, growth_rate=6, **LAYER_OPTIONS[options])
     for module in pair:
         for name, norm in module.named_modules():
-            if frozen is not None and frozen in name and isinstance(norm, nn.BatchNorm2d):
+            if frozen is not None and frozen in name and isinstance(norm, nn.BatchNorm2d | nn.BatchNorm3d):
                 norm.eval()
-    inputs = [randn(3, 10, 9, 11, seed=seed) for seed in range(5)]
-    assert_parity(*pair, inputs, **PRECISIONS[precision], memory_formats=[torch.channels_last])
+    volumes = "spatial_dims" in LAYER_OPTIONS[options]
+    inputs = [randn(3, 10, *((3, 5, 7) if volumes else (9, 11)), seed=seed) for seed in range(5)]
+    layout = torch.channels_last_3d if volumes else torch.channels_last
+    assert_parity(*pair, inputs, **PRECISIONS[precision], memory_formats=[layout])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -341,13 +355,14 @@ def test_values_near_overflow(kernels, twins):
 # -- what must not matter ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spatial", [(301,), (70, 61), (35, 40, 33)], ids=str)
+@pytest.mark.parametrize("spatial", [(151,), (35, 31), (17, 20, 16)], ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_same_bits_for_any_batch_and_threads(compiled, threads, precision, spatial, twins, randn):
     """Every pixel's sums run in one order, however the work was cut."""
     dtype = PRECISIONS[precision]["dtype"]
     net = twins("net", block_config=(2, 3), num_classes=7, spatial_dims=len(spatial))[0].to(dtype)
-    x = randn(5, 3, *spatial, dtype=dtype)
+    net.features.conv0 = nn.Identity()  # PyTorch's, whose bits for sequences depend on the batch
+    x = randn(5, 64, *spatial, dtype=dtype)
     features = [infer(net.features, x)]
     for count in (1, 3):
         threads(count)
@@ -522,7 +537,7 @@ for isa, found in library.offered(Path(sys.argv[1])).items():
                     y.backward(torch.randn_like(y))
                     with torch.inference_mode():
                         assert module.eval()(x).isfinite().all()
-                        x.data[0, 0, 0, 0] = float("nan")
+                        x.data.view(-1)[0] = float("nan")
                         module(x)
     print("clean on", isa)
 """

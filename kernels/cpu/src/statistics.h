@@ -91,7 +91,7 @@ class Statistics {
   double* parts_ = nullptr;
 };
 
-inline constexpr int64_t kSummedInFloats = 128;  // pixels of a norm's sums, before they are added up in double precision
+inline constexpr int64_t kSummedInFloats = 16;  // pixels of a norm's sums, before they are added up in double precision
 
 // Sums that every thread gathers for itself: `size` numbers for each of `slots`. A weight's gradient in floats; a
 // norm's, whose terms are many and whose error reaches every pixel, in double precision.
