@@ -78,8 +78,8 @@ def test_outputs_gradients_and_statistics(source: Source, mode: str, assert_pari
 @pytest.mark.parametrize("mode", MODES)
 @each_source
 def test_lower_precision(source: Source, mode: str, dtype: torch.dtype, clear_relus, assert_parity) -> None:
-    if source.spatial_dims == 3:
-        pytest.skip("needs PyTorch's norms to sum channels_last_3d exactly, and its pool of volumes in bfloat16")
+    if source.spatial_dims == 3 and dtype == torch.bfloat16:
+        pytest.skip("PyTorch has no average pool of volumes in half precision on CPUs")
     stock = source.build()
     inputs = [source.images(seed=seed) for seed in range(3)]
     fast = fastdense.convert(stock)
