@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import backends, layouts, ops, reference
-from .kernels.contract import ChannelStats, DenseLayers, empty_channels_last
+from .kernels.contract import ChannelStats, DenseLayers, empty_channels_last, in_channels_last
 from .layouts import BlockLayout, TransitionLayout
 from .norms import (
     BatchStats,
@@ -367,7 +367,7 @@ def stem_tail(norm: BatchNorm, relu: nn.Module | None, pool: nn.Module, x: Tenso
         for part in parts:
             x = part(x)
         return x
-    x = x.movedim(1, -1).contiguous().movedim(-1, 1)  # once for the statistics, the pool and the backward
+    x = in_channels_last(x)  # once for the statistics, the pool and the backward
     return ops.stem_tail(x, norm_for(norm, x, None, backend), backend=backend)
 
 

@@ -53,6 +53,12 @@ def empty_channels_last(shape: Sequence[int], dtype: torch.dtype, device: torch.
     return torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
 
 
+def in_channels_last(x: Tensor) -> Tensor:
+    """[N, C, *spatial] in that memory: x itself where it is so already."""
+    by_pixels = x.movedim(1, -1)
+    return x if by_pixels.is_contiguous() else by_pixels.contiguous().movedim(-1, 1)
+
+
 class ChannelStats(NamedTuple):
     """Batch statistics of a tensor [N, C, *spatial]: they belong to the channel, not to a BatchNorm."""
 

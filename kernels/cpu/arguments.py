@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import ChannelStats, Norm
+from ..contract import ChannelStats, Norm, in_channels_last
 from ..group import Group
 from . import library
 from .library import DTYPES, Library, NormArgs, Share, WeightArgs
@@ -25,9 +25,7 @@ def loaded() -> Library:
 
 def pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x [N, C, *spatial] in dense channels-last memory, of ``dtype``; itself where it is so already."""
-    x = x.detach().to(dtype)
-    by_pixels = x.movedim(1, -1)
-    return x if by_pixels.is_contiguous() else by_pixels.contiguous().movedim(-1, 1)
+    return in_channels_last(x.detach().to(dtype))
 
 
 def extents(x: Tensor) -> dict[str, int]:
