@@ -156,15 +156,6 @@ void convolve_by_winograd(const Window<FloatWord>& window, const float* u, const
   }
 }
 
-// All of a window's rows.
-template <class Word, class Sink>
-void convolve(const Window<Word>& window, const typename Word::Element* u, const void* packed, int64_t columns,
-              const Sink& sink) {
-  if constexpr (kIsWinograd<Word>)
-    if (window.by_winograd()) return convolve_by_winograd(window, u, packed, columns, 0, window.bands(), sink);
-  convolve_directly(window, u, packed, columns, 0, window.rows(), sink);
-}
-
 // A dY A^T of one tile: place i of channel n at the i-th `step` of a panel's row.
 inline void transform_gradient(const Window<FloatWord>& window, const float* dy, int64_t tile, int64_t depth, float* m,
                                int64_t step) {
@@ -194,8 +185,8 @@ inline void transform_gradient(const Window<FloatWord>& window, const float* dy,
 
 // Adds a window's part of the weight's gradient in Winograd's places: [16, channels of u, channels of dy] for each of
 // the slices that are summed.
-inline void add_weight_gradient_in_places(const Window<FloatWord>& u_window, const float* u, const Window<FloatWord>& dy_window,
-                                const float* dy, float* sum) {
+inline void add_weight_gradient_in_places(const Window<FloatWord>& u_window, const float* u,
+                                          const Window<FloatWord>& dy_window, const float* dy, float* sum) {
   const int64_t tiles = u_window.bands() * u_window.tiles_across(), depth = round_up(tiles, 4);
   const int64_t c = u_window.channels, columns = dy_window.channels;
   const int64_t stride = c + Isa::kLanes;  // no power of two: a column of V would fall into few sets of the cache
