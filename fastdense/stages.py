@@ -19,7 +19,8 @@ class FastSequential(nn.Sequential):
         x, _, norm = through(self, x)
         if norm is None:
             return x
-        return norm(x.contiguous() if x.dim() == 5 else x)  # PyTorch sums channels_last_3d less exactly
+        volumes = isinstance(norm, nn.BatchNorm3d)  # PyTorch sums channels_last_3d less exactly
+        return norm(x.contiguous() if volumes else x)
 
 
 def through(
