@@ -2,8 +2,8 @@
 
 Naive concatenation in stock PyTorch (:mod:`fastdense.reference`), in contiguous and channels-last memory, with
 recomputation, with cuDNN's benchmark mode, by ``torch.compile`` in its modes; the DenseNets of timm and MONAI; the
-exported network in OpenVINO and ONNX Runtime; fastdense. All have PyTorch's number of threads. PyTorch's compute in
-bfloat16 under autocast, OpenVINO by its ``INFERENCE_PRECISION_HINT``, ONNX Runtime not at all.
+exported network in OpenVINO and ONNX Runtime; fastdense, as it is and frozen. All have PyTorch's number of threads.
+PyTorch's compute in bfloat16 under autocast, OpenVINO by its ``INFERENCE_PRECISION_HINT``, ONNX Runtime not at all.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+import fastdense
 
 from .subjects import DTYPES, Subject
 
@@ -46,7 +48,8 @@ class Contender:
     compile_mode: str | None = None
     """Of ``torch.compile``; eager without."""
     export: Callable[[nn.Module, Tensor, torch.dtype], Output] | None = None
-    """To another runtime, which has threads of its own, given an example of the input."""
+    """What runs in the model's place, given an example of the input: another runtime, which has threads of its own; or
+    the model frozen."""
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     """In which it runs."""
     packages: tuple[str, ...] = ()
@@ -155,13 +158,16 @@ ONNXRUNTIME = Contender(
     **_ON_CPU,
 )
 FAST_RECOMPUTING = Contender("fast, memory_efficient", lambda s: s.fast(memory_efficient=True), modes=_TRAINING)
+FAST_FROZEN = Contender(
+    "fast, frozen", lambda s: s.fast(), export=lambda model, *_: fastdense.freeze(model), modes=("inference",)
+)
 FAST = Contender("fast", lambda s: s.fast())
 
 NAIVE_AND_FAST = (NAIVE_CONTIGUOUS, NAIVE, FAST)
 MEMORY_CONTENDERS = (NAIVE, NAIVE_RECOMPUTING, FAST, FAST_RECOMPUTING)
 ALL = (
     NAIVE_CONTIGUOUS, NAIVE, NAIVE_RECOMPUTING, CUDNN_BENCHMARK, TIMM, MONAI, COMPILE, MAX_AUTOTUNE, CUDA_GRAPHS,
-    OPENVINO, ONNXRUNTIME, FAST_RECOMPUTING, FAST,
+    OPENVINO, ONNXRUNTIME, FAST_RECOMPUTING, FAST_FROZEN, FAST,
 )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from .contenders import (
     CUDA_GRAPHS,
     CUDNN_BENCHMARK,
     FAST,
+    FAST_FROZEN,
     FAST_RECOMPUTING,
     MAX_AUTOTUNE,
     MODES,
@@ -56,6 +57,7 @@ _COLOURS = {  # most are Okabe and Ito's, told apart by colour-blind readers too
     OPENVINO.name: "#009E73",
     ONNXRUNTIME.name: "#CC79A7",
     FAST_RECOMPUTING.name: "#56B4E9",
+    FAST_FROZEN.name: "#003F66",
     FAST.name: "#0072B2",
 }
 _LABELS = {
@@ -63,6 +65,7 @@ _LABELS = {
     NAIVE.name: "naive concatenation, channels-last",
     FAST.name: "fastdense",
     FAST_RECOMPUTING.name: "fastdense, memory_efficient",
+    FAST_FROZEN.name: "fastdense, frozen",
 }
 _INK = "#333333"
 
@@ -483,7 +486,7 @@ def _legend(figure: Figure, contenders: list[str], note: str) -> None:
 
 def _annotate(axes: Axes, text: str, x: float, y: float, contender: str) -> None:
     """A label right of a bar's end."""
-    weight = "bold" if contender in (FAST.name, FAST_RECOMPUTING.name) else "normal"
+    weight = "bold" if contender in (FAST.name, FAST_FROZEN.name, FAST_RECOMPUTING.name) else "normal"
     axes.annotate(
         text, (x, y), (5, 0), textcoords="offset points", va="center", fontsize=8.5, fontweight=weight
     )  # fmt: skip

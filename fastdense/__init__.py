@@ -3,6 +3,7 @@
 from . import reference
 from .backends import Status, status, use_backend
 from .convert import Explanation, Finding, convert, explain, to_reference
+from .freeze import freeze
 from .models import (
     FastDenseNet,
     densenet121,
@@ -47,6 +48,7 @@ __all__ = [
     "densenet_bc_250_24",
     "densenet_cifar",
     "explain",
+    "freeze",
     "load_weights",
     "reference",
     "status",

@@ -21,6 +21,7 @@ from .converters import probe, stock
 from .converters.fused import Converted, Layout, know_timm, make_fused
 from .converters.stock import FAST_CLASS, kind_of
 from .converters.structure import Unread, block_layouts, transition_layout
+from .frozen import Frozen
 from .models import FastDenseNet
 from .modules import FusedBlock, FusedTransition
 from .stages import FastSequential
@@ -92,7 +93,13 @@ def to_reference(model: nn.Module, inplace: bool = False) -> nn.Module:
     Args:
         model: a converted or natively built model.
         inplace: convert ``model`` itself instead of a deep copy.
+
+    Raises:
+        ValueError: parts of it are frozen, and have no modules to go back to.
     """
+    frozen = [name for name, module in model.named_modules() if isinstance(module, Frozen)]
+    if frozen:
+        raise ValueError(f"{', '.join(frozen)} are frozen: go back from the model that they were made from")
     if not inplace:
         model = copy.deepcopy(model)
     for module in model.modules():
@@ -123,7 +130,7 @@ def _examine(model: nn.Module) -> Iterator[tuple[nn.Module, Finding, _Conversion
     stages: set[nn.Module] = set()  # blocks and transitions that are fast or can be made so
     for path, module in reversed(list(model.named_modules())):
         kind = kind_of(module)
-        if isinstance(module, FusedBlock | FusedTransition | FastDenseNet | FastSequential):
+        if isinstance(module, FusedBlock | FusedTransition | FastDenseNet | FastSequential | Frozen):
             if isinstance(module, FusedBlock | FusedTransition):
                 stages.add(module)
             yield module, Finding(path, kind, "fast", _obstacle(module) or ""), None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .architectures import cifar_config, constructor
+from .frozen import Frozen
 from .modules import FastDenseBlock, FastTransition, head
 from .served import BatchNorm, hooked
 from .stages import FastSequential, through
@@ -40,7 +41,7 @@ class FastDenseNet(reference.DenseNet):
     transition_class = FastTransition
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._is_rebuilt():
+        if self.is_rebuilt():
             return super().forward(x)
         x, stats, norm = through(self.features, x)
         if norm is not None:
@@ -49,7 +50,7 @@ class FastDenseNet(reference.DenseNet):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """What the head pools: the last features, normalised and through the ReLU, [N, num_features, ...]."""
-        if self._is_rebuilt():
+        if self.is_rebuilt():
             return F.relu(self.features(x))
         x, _, norm = through(self.features, x)
         return F.relu(x if norm is None else norm(x))
@@ -75,7 +76,9 @@ class FastDenseNet(reference.DenseNet):
         Raises:
             ValueError: a name is none of these.
         """
-        blocks = {name: block for name, block in self.features.named_children() if isinstance(block, FastDenseBlock)}
+        stages = self.features.named_children()
+        blocks = {name: block.new_channels for name, block in stages if isinstance(block, FastDenseBlock | Frozen)}
+        blocks = {name: new for name, new in blocks.items() if new}
         wanted = set(blocks if names is None else names)
         passed: list[str] = []
         found: dict[str, Tensor] = {}
@@ -83,7 +86,7 @@ class FastDenseNet(reference.DenseNet):
         def visit(name: str, out: Tensor) -> None:
             outputs = {name: out}
             if name in blocks:
-                new = [layer.growth_conv.out_channels for layer in blocks[name].dense_layers()]
+                new = blocks[name].values()
                 parts = out.split([out.shape[1] - sum(new), *new], 1)[1:]
                 outputs |= {f"{name}.{layer}": part for layer, part in zip(blocks[name], parts, strict=True)}
             passed.extend(outputs)
@@ -109,7 +112,7 @@ class FastDenseNet(reference.DenseNet):
             nn.init.zeros_(classifier.bias)
         self.add_module("classifier", classifier)
 
-    def _is_rebuilt(self) -> bool:
+    def is_rebuilt(self) -> bool:
         """The features are not a plain sequence any more, and are called as a whole."""
         return type(self.features) not in (nn.Sequential, FastSequential) or hooked(self.features) is not None
 

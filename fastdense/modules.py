@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import backends, layouts, ops, reference
-from .kernels.contract import ChannelStats, DenseLayers, empty_channels_last, in_channels_last
+from .kernels.contract import ChannelStats, DenseLayers, Norm, empty_channels_last, in_channels_last
 from .layouts import BlockLayout, TransitionLayout
 from .norms import (
     BatchStats,
@@ -27,6 +27,7 @@ from .norms import (
     groups,
     norm_for,
     norm_lists,
+    running_norm,
     update_running_stats,
     uses_batch_stats,
 )
@@ -132,6 +133,22 @@ class FusedBlock(nn.Module):
                 )
             )
         return found
+
+    @property
+    def new_channels(self) -> dict[str, int]:
+        """How many each layer adds, by the layers' names."""
+        names = _child(self, self._layout.layers)._modules
+        return {name: layer.growth_conv.out_channels for name, layer in zip(names, self.dense_layers(), strict=True)}
+
+    def inference_layers(self) -> DenseLayers | None:
+        """In evaluation, all that its output depends on besides x; ``None`` where it depends on more."""
+        modules = self._read()
+        if isinstance(modules, str) or self._layout.new_first or self._layout.only_new:
+            return None
+        layers = self._gather(modules, parameter(modules[0].conv1, "weight"), False)
+        uses_batch = any(layers.norm1_batch_stats) or any(layers.norm2_batch_stats)
+        has_biases = any(parameter(layer.conv1, "bias") is not None for layer in modules)
+        return None if uses_batch or has_biases or layers.growth_mask else layers
 
     def _gather(self, layers: list[Layer], x: Tensor, channels_last: bool) -> DenseLayers:
         """The layers' parameters, and the dropout masks in the order and layout of the fallback."""
@@ -330,6 +347,12 @@ class FusedTransition(nn.Module):
         dtype = _conv_dtype(x, conv.weight)
         return ops.transition(x, norm_for(norm, x, stats, backend), conv.weight, dtype=dtype, backend=backend)
 
+    def inference_parts(self) -> tuple[Norm, Tensor] | None:
+        """In evaluation, its norm and weight as the op takes them; ``None`` where the op would not compute it."""
+        norm, conv = (cast(Any, self._modules[name]) for name in (self._layout.norm, self._layout.conv))
+        running = None if self._obstacle() else running_norm(norm)
+        return None if running is None else (running, parameter(conv, "weight"))
+
     def _drops(self) -> bool:
         drop: Any = self._modules.get(self._layout.dropout)
         return drop is not None and drop.training and drop.p > 0
@@ -418,14 +441,17 @@ def _is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def _autocasts(x: Tensor) -> bool:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What a stock convolution casts x to, ``None`` where it does not."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return None
 
 
 def _conv_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """What a stock convolution of x computes in."""
-    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else weight.dtype
+    return autocast_dtype(x) or weight.dtype
 
 
 def _stock_computes(x: Tensor, norm: BatchNorm, conv: Conv | None = None) -> bool:
@@ -433,7 +459,7 @@ def _stock_computes(x: Tensor, norm: BatchNorm, conv: Conv | None = None) -> boo
     weight = None if conv is None else parameter(conv, "weight")
     if x.dim() != DIMS.get(type(norm), x.dim()) or (weight is not None and x.dim() != weight.dim()):
         return False
-    if weight is not None and (weight.dtype == torch.float64 if _autocasts(x) else x.dtype != weight.dtype):
+    if weight is not None and (weight.dtype == torch.float64 if autocast_dtype(x) else x.dtype != weight.dtype):
         return False
     vector = norm.weight if norm.weight is not None else norm.running_mean
     half = x.dtype in (torch.bfloat16, torch.float16)

@@ -65,7 +65,7 @@ def norm_lists(norms: list[BatchNorm], x: Tensor) -> tuple[list[Tensor], ...]:
 def norm_for(norm: BatchNorm, x: Tensor, stats: BatchStats | None, backend: str) -> Norm:
     """The norm as an op takes it; its running statistics are updated if it is training."""
     if not uses_batch_stats(norm):
-        return Norm(*_affine(norm, x), *_running_stats(norm), norm.eps, False)
+        return _running(norm, x)
     group = group_of(norm)
     if stats is None or stats.group != group:
         count = count_of(x, group)
@@ -73,6 +73,15 @@ def norm_for(norm: BatchNorm, x: Tensor, stats: BatchStats | None, backend: str)
         stats = BatchStats(mean, var, count, group)
     update_running_stats([norm], [ChannelStats(stats.mean, stats.var)], stats.pixels)
     return Norm(*_affine(norm, x), stats.mean, stats.var, norm.eps, True, group)
+
+
+def running_norm(norm: BatchNorm) -> Norm | None:
+    """A norm in evaluation as an op takes it, ``None`` where it uses the statistics of its batch even there."""
+    return None if uses_batch_stats(norm) else _running(norm, _buffer(norm, "running_mean"))
+
+
+def _running(norm: BatchNorm, like: Tensor) -> Norm:
+    return Norm(*_affine(norm, like), *_running_stats(norm), norm.eps, False)
 
 
 def count_of(x: Tensor, group: str) -> int | Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.modules.pooling import _MaxPoolNd
@@ -23,6 +24,17 @@ class FastSequential(nn.Sequential):
         return norm(x.contiguous() if volumes else x)
 
 
+def stem_tail_size(stages: Sequence[tuple[str, nn.Module]]) -> int:
+    """How many from the first are the tail of a stem: a norm, a ReLU unless the norm carries it, a max pool. Or 0."""
+    kinds = [type(module) for _, module in stages[:3]]
+    if not kinds or not issubclass(kinds[0], BatchNorm):
+        return 0
+    pools = [issubclass(kind, _MaxPoolNd) for kind in kinds]
+    if kinds[1:2] == [nn.ReLU] and pools[2:] == [True]:
+        return 3
+    return 2 if carries_relu(stages[0][1]) and pools[1:2] == [True] else 0
+
+
 def through(
     features: nn.Sequential, x: Tensor, visit: Callable[[str, Tensor], None] | None = None
 ) -> tuple[Tensor, BatchStats | None, BatchNorm | None]:
@@ -37,15 +49,12 @@ def through(
         name, stage = stages.pop(0)
         if isinstance(stage, BatchNorm) and not stages:
             return x, stats, stage
-        following = [module for _, module in stages[:2]]
-        pools = [isinstance(module, _MaxPoolNd) for module in following]
-        if isinstance(stage, BatchNorm) and type(following[0]) is nn.ReLU and pools == [False, True]:
-            (relu, pool), (name, _) = following, stages[1]
-            del stages[:2]
-            x, stats = stem_tail(stage, relu, pool, x), None
-        elif isinstance(stage, BatchNorm) and carries_relu(stage) and pools[:1] == [True]:
-            name, pool = stages.pop(0)
-            x, stats = stem_tail(stage, None, pool, x), None
+        tail = stem_tail_size([(name, stage), *stages])
+        if tail:
+            fused = [stage, *(module for _, module in stages[: tail - 1])]
+            name, pool = stages[tail - 2]
+            del stages[: tail - 1]
+            x, stats = stem_tail(cast(BatchNorm, stage), fused[1] if tail == 3 else None, pool, x), None
         elif isinstance(stage, FusedBlock) and not hooked(stage):
             x, stats = stage.forward_with_stats(x, channels_last)
         elif isinstance(stage, FusedTransition) and not hooked(stage):

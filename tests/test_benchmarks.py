@@ -286,7 +286,12 @@ def test_missing_package_and_failing_contender_are_named(
     assert found["OpenVINO"]["note"] == "openvino missing"
     assert found["ONNX Runtime"]["note"] == "onnxruntime, onnx, onnxscript missing"
     assert found["torch.compile"]["note"] == "failed with RuntimeError: no C++ compiler"
-    assert {name for name, row in found.items() if row["note"] is None} == {"naive contiguous", "naive", "fast"}
+    assert {name for name, row in found.items() if row["note"] is None} == {
+        "naive contiguous",
+        "naive",
+        "fast",
+        "fast, frozen",
+    }
 
 
 def test_every_contender_that_trains_is_compiled_or_recomputes_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:

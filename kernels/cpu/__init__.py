@@ -3,8 +3,10 @@
 See :mod:`fastdense.kernels.contract` for what the functions compute.
 """
 
-from .dense_block import dense_block, dense_block_backward, dense_block_inference
+from .dense_block import PreparedBlock, dense_block, dense_block_backward, dense_block_inference
 from .pointwise import (
+    PreparedStemTail,
+    PreparedTransition,
     channel_stats,
     head,
     head_backward,
@@ -14,7 +16,14 @@ from .pointwise import (
     transition_backward,
 )
 
+PREPARED = {
+    "dense_block_inference": PreparedBlock,
+    "transition": PreparedTransition,
+    "stem_tail": PreparedStemTail,
+}
+
 __all__ = [
+    "PREPARED",
     "channel_stats",
     "dense_block",
     "dense_block_backward",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from ctypes import Array, addressof, c_float, c_void_p, sizeof
+from ctypes import Array, Structure, addressof, c_float, c_void_p, sizeof
 from typing import Any
 
 import torch
@@ -31,6 +31,15 @@ def pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
 def extents(x: Tensor) -> dict[str, int]:
     """Of [N, C, *spatial], what all structs of arguments begin with."""
     return {"images": len(x), **dict(zip(("depth", "height", "width"), _in_three_dimensions(x.shape[2:]), strict=True))}
+
+
+def run_on(library: Library, name: str, args: Structure, x: Tensor, out: Tensor) -> None:
+    """A kernel that makes ``out`` of x, dense pixels. ``args`` has the rest and stays as it is, for other threads."""
+    args = type(args).from_buffer_copy(args)
+    for field, value in extents(x).items():
+        setattr(args, field, value)
+    args.x, args.out = x.data_ptr(), out.data_ptr()  # type: ignore[attr-defined]
+    library.run(name, args)
 
 
 def taps(weight: Tensor) -> tuple[int, int, int]:

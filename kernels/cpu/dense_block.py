@@ -15,45 +15,50 @@ from ..contract import (
 )
 from ..group import join
 from ..portable.batch_norm import cast, laid_out_as, zero_stats
-from .arguments import Norms, Shares, Weights, extents, loaded, pixels, pointers, taps
+from .arguments import Norms, Shares, Weights, extents, loaded, pixels, pointers, run_on, taps
 from .library import DTYPES, DenseBlockArgs, TrainingArgs, TrainingLayerArgs
 from .packing import packed
 
 
-def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) -> Tensor:
-    """Forward with running statistics: X alone, [N, C_L, *spatial]."""
-    library = loaded()
-    store = torch.promote_types(x.dtype, dtype)
-    source = pixels(x, store)
-    out = empty_channels_last((len(x), layers.output_channels, *x.shape[2:]), store, x.device)
-    weights = packed(library, layers.conv1_weight + layers.conv2_weight, dtype)
-    conv3_depth, conv3_height, _ = taps(layers.growth_weight[0])
-    first, second = weights[: layers.num_layers], weights[layers.num_layers :]
-    norms = Norms(
-        layers.norm1_weight + layers.norm2_weight,
-        layers.norm1_bias + layers.norm2_bias,
-        layers.norm1_running_mean + layers.norm2_running_mean,
-        layers.norm1_running_var + layers.norm2_running_var,
-        layers.norm1_eps + layers.norm2_eps,
-    )
-    library.run(
-        "dense_block",
-        DenseBlockArgs(
-            **_geometry(out, layers),
-            x=source.data_ptr(),
-            out=out.data_ptr(),
-            norm1=norms.array,
-            norm2=norms.array_from(layers.num_layers),
+class PreparedBlock:
+    """A block at given statistics, ready to be called with x of ``x_dtype``: weights packed, arguments gathered."""
+
+    def __init__(self, layers: DenseLayers, x_dtype: torch.dtype, dtype: torch.dtype):
+        self._library, self._channels = loaded(), layers.output_channels
+        self._store = torch.promote_types(x_dtype, dtype)
+        self._weights = packed(self._library, layers.conv1_weight + layers.conv2_weight, dtype)
+        self._norms = Norms(
+            layers.norm1_weight + layers.norm2_weight,
+            layers.norm1_bias + layers.norm2_bias,
+            layers.norm1_running_mean + layers.norm2_running_mean,
+            layers.norm1_running_var + layers.norm2_running_var,
+            layers.norm1_eps + layers.norm2_eps,
+        )
+        conv3_depth, conv3_height, _ = taps(layers.growth_weight[0])
+        first, second = self._weights[: layers.num_layers], self._weights[layers.num_layers :]
+        self._args = DenseBlockArgs(
+            **_widths(layers),
+            norm1=self._norms.array,
+            norm2=self._norms.array_from(layers.num_layers),
             conv1=pointers(first if second else []),
             conv3=pointers(second or first),
             conv3_depth=conv3_depth,
             conv3_height=conv3_height,
-            store=DTYPES[store],
+            store=DTYPES[self._store],
             compute=DTYPES[dtype],
-            norm_dtype=norms.dtype,
-        ),
-    )
-    return out
+            norm_dtype=self._norms.dtype,
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """X alone, [N, C_L, *spatial]; from any thread."""
+        out = empty_channels_last((len(x), self._channels, *x.shape[2:]), self._store, x.device)
+        run_on(self._library, "dense_block", self._args, pixels(x, self._store), out)
+        return out
+
+
+def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) -> Tensor:
+    """Forward with running statistics: X alone, [N, C_L, *spatial]."""
+    return PreparedBlock(layers, x.dtype, dtype)(x)
 
 
 def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottleneck: bool) -> DenseBlockOutput:
@@ -123,10 +128,9 @@ def dense_block_backward(
     )
 
 
-def _geometry(out: Tensor, layers: DenseLayers) -> dict[str, int]:
-    """What ``DenseBlockArgs`` and ``TrainingArgs`` begin with."""
+def _widths(layers: DenseLayers) -> dict[str, int]:
+    """What ``DenseBlockArgs`` and ``TrainingArgs`` begin with, after the extents."""
     return {
-        **extents(out),
         "input_channels": layers.input_channels,
         "growth_rate": layers.growth_rate,
         "bottleneck_channels": layers.bottleneck_channels,
@@ -170,7 +174,8 @@ class _Training:
                 if masks:
                     setattr(args, field, masks[i].data_ptr())
         self._args = TrainingArgs(
-            **_geometry(output.out, layers),
+            **extents(output.out),
+            **_widths(layers),
             out=output.out.data_ptr(),
             layer=self._layers,
             mean=output.mean.data_ptr(),

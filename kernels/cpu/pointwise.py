@@ -8,7 +8,7 @@ from torch import Tensor
 from ..contract import ChannelStats, Norm, NormGrads, TransitionGrads, empty_channels_last
 from ..group import join
 from ..portable.batch_norm import cast, laid_out_as
-from .arguments import Norms, Shares, Weights, extents, loaded, pixels
+from .arguments import Norms, Shares, Weights, extents, loaded, pixels, run_on
 from .library import DTYPES, PointwiseGradArgs, PoolArgs, StatsArgs, TransitionArgs
 from .packing import packed
 
@@ -32,41 +32,61 @@ def channel_stats(x: Tensor) -> ChannelStats:
     return stats
 
 
+class PreparedTransition:
+    """A transition at given statistics, ready to be called with x of ``x_dtype``."""
+
+    def __init__(self, norm: Norm, weight: Tensor, x_dtype: torch.dtype, dtype: torch.dtype):
+        self._library, self._dtypes = loaded(), (x_dtype, dtype)
+        self._norms, self._conv = Norms.of([norm]), packed(self._library, [weight], dtype)
+        self._args = TransitionArgs(
+            channels=weight.shape[1],
+            out_channels=weight.shape[0],
+            norm=self._norms.array[0],
+            conv=self._conv[0].data_ptr(),
+            store=DTYPES[x_dtype],
+            compute=DTYPES[dtype],
+            norm_dtype=self._norms.dtype,
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, C, *spatial] -> [N, C', *(size // 2)]; from any thread."""
+        shape = (len(x), self._args.out_channels, *(size // 2 for size in x.shape[2:]))
+        out = empty_channels_last(shape, self._dtypes[1], x.device)
+        run_on(self._library, "transition", self._args, pixels(x, self._dtypes[0]), out)
+        return out
+
+
+class PreparedStemTail:
+    """A stem's tail at given statistics, ready to be called with x of ``x_dtype``."""
+
+    def __init__(self, norm: Norm, x_dtype: torch.dtype):
+        self._library, self._norms = loaded(), Norms.of([norm])
+        self._args = PoolArgs(
+            channels=len(norm.weight), norm=self._norms.array[0], store=DTYPES[x_dtype], norm_dtype=self._norms.dtype
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, C, *spatial] -> [N, C, *ceil(size / 2)]; from any thread."""
+        out = empty_channels_last((*x.shape[:2], *((size + 1) // 2 for size in x.shape[2:])), x.dtype, x.device)
+        run_on(self._library, "stem_tail", self._args, pixels(x, x.dtype), out)
+        return out
+
+
 def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """[N, C, *spatial], [C', C, 1, ...] -> [N, C', *(size // 2)] of ``dtype``, channels-last."""
-    library = loaded()
-    source, norms = pixels(x, x.dtype), Norms.of([norm])
-    out = empty_channels_last((len(x), len(weight), *(size // 2 for size in x.shape[2:])), dtype, x.device)
-    (conv,) = packed(library, [weight], dtype)
-    library.run(
-        "transition",
-        TransitionArgs(
-            **extents(x),
-            channels=x.shape[1],
-            out_channels=len(weight),
-            x=source.data_ptr(),
-            out=out.data_ptr(),
-            norm=norms.array[0],
-            conv=conv.data_ptr(),
-            store=DTYPES[x.dtype],
-            compute=DTYPES[dtype],
-            norm_dtype=norms.dtype,
-        ),
-    )
-    return out
+    return PreparedTransition(norm, weight, x.dtype, dtype)(x)
 
 
 def stem_tail(x: Tensor, norm: Norm) -> Tensor:
     """[N, C, *spatial] -> [N, C, *ceil(size / 2)], of x's dtype."""
-    out = empty_channels_last((*x.shape[:2], *((size + 1) // 2 for size in x.shape[2:])), x.dtype, x.device)
-    _pool("stem_tail", x, norm, out)
-    return out
+    return PreparedStemTail(norm, x.dtype)(x)
 
 
 def head(x: Tensor, norm: Norm) -> Tensor:
     """[N, C, *spatial] -> [N, C], of x's dtype."""
-    out = x.new_empty(x.shape[:2])
-    _pool("head", x, norm, out)
+    norms, out = Norms.of([norm]), x.new_empty(x.shape[:2])
+    args = PoolArgs(channels=x.shape[1], norm=norms.array[0], store=DTYPES[x.dtype], norm_dtype=norms.dtype)
+    run_on(loaded(), "head", args, pixels(x, x.dtype), out)
     return out
 
 
@@ -97,22 +117,6 @@ def stem_tail_backward(grad_out: Tensor, x: Tensor, norm: Norm) -> NormGrads:
 def head_backward(grad_out: Tensor, x: Tensor, norm: Norm) -> NormGrads:
     """Gradients from that of the output."""
     return _backward("head_backward", grad_out.to(x.dtype).contiguous(), x, norm)
-
-
-def _pool(name: str, x: Tensor, norm: Norm, out: Tensor) -> None:
-    source, norms = pixels(x, x.dtype), Norms.of([norm])
-    loaded().run(
-        name,
-        PoolArgs(
-            **extents(x),
-            channels=x.shape[1],
-            x=source.data_ptr(),
-            out=out.data_ptr(),
-            norm=norms.array[0],
-            store=DTYPES[x.dtype],
-            norm_dtype=norms.dtype,
-        ),
-    )
 
 
 def _backward(name: str, grad_out: Tensor, x: Tensor, norm: Norm, **others: object) -> NormGrads:

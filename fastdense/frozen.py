@@ -1,0 +1,95 @@
+"""A stage of a network for inference alone, whose tensors nobody else has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from . import backends, ops
+from .modules import autocast_dtype
+
+
+class Frozen(nn.Module):
+    """A dense block, transition or stem's tail at its running statistics, as its weights were when it was frozen.
+
+    Its tensors are buffers that no state_dict has: they follow ``to``, are copied and pickled, and nothing else.
+
+    Args:
+        op: of :mod:`fastdense.ops`, that computes it.
+        arguments: the op's, after x; their tensors are copied.
+        weight: of its first convolution, whose dtype it computes in; of its norm where it has none.
+        new_channels: how many each layer of a block adds, by the layers' names.
+
+    Shapes: as of the op.
+    """
+
+    def __init__(self, op: str, arguments: tuple[Any, ...], weight: Tensor, new_channels: dict[str, int] | None = None):
+        super().__init__()
+        self.op, self.new_channels = op, new_channels or {}
+        self._channels, self._convolves = weight.shape[1 if weight.dim() > 1 else 0], weight.dim() > 1
+        leaves, self._structure = pytree.tree_flatten(arguments)
+        self._plain = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                self.register_buffer(f"tensor{i}", leaf.detach().clone(), persistent=False)
+        self._weight = f"tensor{next(i for i, leaf in enumerate(leaves) if leaf is weight)}"
+        self._prepared: dict[tuple[object, ...], Callable[[Tensor], Tensor]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the op makes of x.
+
+        Raises:
+            ValueError: x has other channels.
+            TypeError: it is of another dtype, or on another device, than the tensors.
+            RuntimeError: a gradient would be needed, or the reference is asked for.
+        """
+        if x.dim() < 3 or x.shape[1] != self._channels:
+            raise ValueError(f"this frozen stage takes {self._channels} channels, [N, C, ...], got {list(x.shape)}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("a frozen stage has no backward: train the model that it was made from")
+        cast_to, backend = autocast_dtype(x), backends.select(x.device, x.dtype, x.dim() - 2)
+        if torch.compiler.is_compiling():
+            return self._run(x, **self._options(x, cast_to, backend))
+        key = x.dtype, x.device, cast_to, backend
+        if key not in self._prepared:
+            self._prepared[key] = self._prepare(x, **self._options(x, cast_to, backend))
+        return self._prepared[key](x)
+
+    def _options(self, x: Tensor, cast_to: torch.dtype | None, backend: str) -> dict[str, Any]:
+        """The op's, for tensors like x."""
+        weight = cast(Tensor, self._buffers[self._weight])
+        if weight.device != x.device or (self._convolves and not cast_to and weight.dtype != x.dtype):
+            raise TypeError(f"this frozen stage takes {weight.dtype} on {weight.device}, got {x.dtype} on {x.device}")
+        if backend == backends.REFERENCE:
+            raise RuntimeError("a frozen stage has no reference: run the model that it was made from")
+        return dict(backend=backend) | (dict(dtype=cast_to or weight.dtype) if self._convolves else {})
+
+    def _run(self, x: Tensor, **options: Any) -> Tensor:
+        return getattr(ops, self.op)(x, *self._arguments(), **options)
+
+    def _prepare(self, x: Tensor, backend: str, **options: Any) -> Callable[[Tensor], Tensor]:
+        """A function of tensors like x, which a backend may have more ready than its op is."""
+        make = getattr(backends.kernels(backend), "PREPARED", {}).get(self.op)
+        if make is None:
+            return lambda x: self._run(x, backend=backend, **options)
+        return make(*self._arguments(), x_dtype=x.dtype, **options)
+
+    def _arguments(self) -> tuple[Any, ...]:
+        leaves = [self._buffers.get(f"tensor{i}", leaf) for i, leaf in enumerate(self._plain)]
+        return pytree.tree_unflatten(leaves, self._structure)
+
+    def train(self, mode: bool = True) -> Frozen:
+        if mode:
+            raise RuntimeError("a frozen stage cannot be trained: train the model that it was made from")
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
+        self._prepared = {}  # they point to the tensors of before
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_prepared": {}}
