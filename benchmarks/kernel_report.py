@@ -75,10 +75,14 @@ class Compiled:
     problem: str
 
 
-def distinct(launches: Iterable[Launch]) -> list[Launch]:
-    """The last launch of each set of blocks and flags; other specialisations of its arguments are not compiled."""
-    seen = {(launch.name, _blocks(launch), launch.arguments["num_warps"]): launch for launch in launches}
-    return list(seen.values())
+def distinct(launches: Iterable[Launch], specialised: bool = False) -> list[Launch]:
+    """The last launch of each set of blocks and flags; or of each way of specialising its arguments, which are more."""
+
+    def kind(launch: Launch) -> tuple[str, ...]:
+        ways = map(str, _specialised(launch)) if specialised else ()
+        return launch.name, _blocks(launch), str(launch.arguments["num_warps"]), *ways
+
+    return list({kind(launch): launch for launch in launches}.values())
 
 
 def compile_for(launch: Launch, gpu: Gpu) -> Compiled:
@@ -191,10 +195,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kernel_report", description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", default="densenet121", help="network (default: %(default)s)")
     parser.add_argument("--gpu", nargs="+", choices=[gpu.name for gpu in GPUS], help="only these")
+    parser.add_argument(
+        "--specialised", action="store_true", help="compile every specialisation of the kernels' arguments (long)"
+    )
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args(argv)
     gpus = [gpu for gpu in GPUS if arguments.gpu is None or gpu.name in arguments.gpu]
-    work = [(launch, gpu) for gpu in gpus for launch in distinct(shipped(arguments.arch, gpu))]
+    work = [(launch, gpu) for gpu in gpus for launch in distinct(shipped(arguments.arch, gpu), arguments.specialised)]
     console = Console()
     rows = [compile_for(*item) for item in track(work, "compiling", console=Console(stderr=True))]
     rows.sort(key=lambda row: (row.kernel, row.blocks))

@@ -11,6 +11,7 @@ from torch import Tensor
 from .batch_norm import images, rows
 
 _FEW = 1024  # pixels for which a CPU's matrix product is quicker than a 1x1 convolution's preparations
+_NARROW = 64  # outputs below which its two products of a backward are too
 
 
 def conv(z: Tensor, weight: Tensor, shape: Sequence[int], bias: Tensor | None = None) -> Tensor:
@@ -27,7 +28,7 @@ def conv_backward(
     dy: Tensor, z: Tensor, weight: Tensor, shape: Sequence[int], need_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
     """dz [M, C] and the weight's gradient, from dense dy [M, K] and z."""
-    if _is_product(z, weight):
+    if _is_product(z, weight) and dy.shape[1] < _NARROW:
         return dy @ weight.flatten(1), (dy.t() @ z).view(weight.shape) if need_weight else None
     kernel, shape = _planar(weight, shape)
     ones, zeros, padding = _geometry(kernel)

@@ -98,6 +98,24 @@ struct Isa {
   static Vector broadcast_word(const FloatWord* p) { return _mm256_set1_ps(p->value); }
   static Vector multiply_words(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 
+  // Rows become columns.
+  static void transpose(Vector (&rows)[kLanes]) {
+    Vector t[kLanes];
+    for (int i = 0; i < kLanes; i += 4) {  // 4x4 corners of the rows' halves
+      const Vector low01 = _mm256_unpacklo_ps(rows[i], rows[i + 1]), low23 = _mm256_unpacklo_ps(rows[i + 2], rows[i + 3]);
+      const Vector high01 = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+      const Vector high23 = _mm256_unpackhi_ps(rows[i + 2], rows[i + 3]);
+      t[i] = _mm256_shuffle_ps(low01, low23, 0x44);
+      t[i + 1] = _mm256_shuffle_ps(low01, low23, 0xee);
+      t[i + 2] = _mm256_shuffle_ps(high01, high23, 0x44);
+      t[i + 3] = _mm256_shuffle_ps(high01, high23, 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+      rows[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+    }
+  }
+
   static __m128i narrow_fp16(Vector v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Vector widen_bf16(__m128i v) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));

@@ -78,19 +78,49 @@ class Packer {
       const int64_t width = std::min<int64_t>(Isa::kPanel, columns_ - panel), count = std::min(width, w_.out - panel);
       const Source* const source = data + panel * w_.stride_out;
       Element* const target = matrix + panel * depth + x * in_ * width;
-      if constexpr (e == 2) {
+      if constexpr (e == 1) {
+        for (int64_t i = 0; i < in_; i += Isa::kLanes)
+          for (int64_t o = 0; o < width; o += Isa::kLanes) {
+            Vector rows[Isa::kLanes];
+            load_block(source + o * w_.stride_out, i, count - o, rows);
+            for (int n = 0; n < Isa::kLanes; ++n) Isa::store(target + (i + n) * width + o, rows[n]);
+          }
+      } else {
         if (pack_dense(source, count, width, target)) continue;
+        for (int64_t i = 0; i < w_.in; ++i)
+          for (int64_t o = 0; o < count; ++o)
+            convert(source[o * w_.stride_out + i * w_.stride_in], target[(i / e * width + o) * e + i % e]);
+        for (int64_t i = 0; i < in_; ++i)
+          for (int64_t o = i < w_.in ? count : 0; o < width; ++o)
+            std::memset(target + (i / e * width + o) * e + i % e, 0, sizeof(Element));
       }
-      for (int64_t i = 0; i < w_.in; ++i)
-        for (int64_t o = 0; o < count; ++o)
-          convert(source[o * w_.stride_out + i * w_.stride_in], target[(i / e * width + o) * e + i % e]);
-      for (int64_t i = 0; i < in_; ++i)
-        for (int64_t o = i < w_.in ? count : 0; o < width; ++o)
-          std::memset(target + (i / e * width + o) * e + i % e, 0, sizeof(Element));
     }
   }
 
-  // The same for inputs or outputs that are neighbours in memory, many at once. Whether they are.
+  // Of inputs i, i + 1, ... the first kLanes outputs, of which `count` exist, as vectors. Zeros where there are none.
+  template <class Source>
+  void load_block(const Source* source, int64_t i, int64_t count, Vector (&rows)[Isa::kLanes]) const {
+    const Source* const first = source + i * w_.stride_in;
+    const int64_t inputs = std::clamp<int64_t>(w_.in - i, 0, Isa::kLanes);
+    const int64_t outputs = std::clamp<int64_t>(count, 0, Isa::kLanes);
+    if (w_.stride_in == 1) {
+      for (int n = 0; n < Isa::kLanes; ++n)
+        rows[n] = n < outputs ? load_up_to(first + n * w_.stride_out, inputs) : Isa::zero();
+      Isa::transpose(rows);
+    } else if (w_.stride_out == 1) {
+      for (int n = 0; n < Isa::kLanes; ++n)
+        rows[n] = n < inputs ? load_up_to(first + n * w_.stride_in, outputs) : Isa::zero();
+    } else {
+      for (int n = 0; n < Isa::kLanes; ++n) {
+        float values[Isa::kLanes] = {};
+        for (int64_t o = 0; n < inputs && o < outputs; ++o)
+          convert(first[o * w_.stride_out + n * w_.stride_in], values[o]);
+        rows[n] = Isa::load(values);
+      }
+    }
+  }
+
+  // A panel of pairs whose inputs or outputs are neighbours in memory, many at once. Whether they are.
   template <class Source, class I = Isa>
   bool pack_dense(const Source* source, int64_t count, int64_t width, BFloat16* target) const {
     if (w_.stride_in == 1) {
@@ -125,29 +155,25 @@ class Packer {
     };
     for (int64_t o = first; o < last; o += Isa::kLanes) {
       const int64_t panel = o / Isa::kPanel * Isa::kPanel, width = std::min<int64_t>(Isa::kPanel, columns_ - panel);
-      const int64_t count = std::clamp<int64_t>(w_.out - o, 0, Isa::kLanes);
       float* const target = packed + panel * w_.depth * in_ + z * in_ * width + o - panel;
-      float taps[9][Isa::kLanes] = {};
-      for (int64_t i = 0; i < in_; ++i) {
-        const auto* const source =
-            static_cast<const Source*>(w_.data) + z * w_.stride_d + o * w_.stride_out + i * w_.stride_in;
-        if (i == w_.in) std::memset(taps, 0, sizeof(taps));
-        if (i < w_.in)
-          for (int64_t lane = 0; lane < count; ++lane)
-            for (int t = 0; t < 9; ++t)
-              convert(source[lane * w_.stride_out + t / 3 * w_.stride_h + t % 3 * w_.stride_w], taps[t][lane]);
-        Vector columns[3][4], places[4];
-        for (int x = 0; x < 3; ++x)
-          g(Isa::load(taps[x]), Isa::load(taps[3 + x]), Isa::load(taps[6 + x]), columns[x]);
-        for (int y = 0; y < 4; ++y) {
-          g(columns[0][y], columns[1][y], columns[2][y], places);
-          for (int x = 0; x < 4; ++x)
-            Isa::store(target + (4 * y + x) * w_.depth * in_ * columns_ + i * width, places[x]);
+      const auto* const source = static_cast<const Source*>(w_.data) + z * w_.stride_d + o * w_.stride_out;
+      for (int64_t i = 0; i < in_; i += Isa::kLanes) {
+        Vector taps[9][Isa::kLanes], columns[3][4], places[4];
+        for (int t = 0; t < 9; ++t)
+          load_block(source + t / 3 * w_.stride_h + t % 3 * w_.stride_w, i, w_.out - o, taps[t]);
+        for (int n = 0; n < Isa::kLanes; ++n) {
+          for (int x = 0; x < 3; ++x) g(taps[x][n], taps[3 + x][n], taps[6 + x][n], columns[x]);
+          for (int y = 0; y < 4; ++y) {
+            g(columns[0][y], columns[1][y], columns[2][y], places);
+            for (int x = 0; x < 4; ++x)
+              Isa::store(target + (4 * y + x) * w_.depth * in_ * columns_ + (i + n) * width, places[x]);
+          }
         }
       }
     }
   }
 
+  static_assert(kAligned % Isa::kLanes == 0);
   const Weight& w_;
   const int64_t in_, columns_;
 };
