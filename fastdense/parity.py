@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -144,6 +144,7 @@ def check(
     autocast: bool = False,
     backward: bool = True,
     memory_formats: Sequence[torch.memory_format] | None = None,
+    observe_stock: Callable[..., dict[str, Tensor]] | None = None,
 ) -> list[Row]:
     """Compare two models of equal state; neither is changed.
 
@@ -156,16 +157,20 @@ def check(
         backward: compare gradients too.
         memory_formats: stock's, by default all that it has; float64 runs in the first, fast in the last. Active
             dropout draws other values in another format: give it one.
+        observe_stock: :func:`observe`, or what returns the same as that of a stock model without running it again.
     """
+    observe_stock = observe_stock or observe
     inputs = [inputs] if isinstance(inputs, Tensor) else inputs
     memory_formats = memory_formats or memory_formats_of(inputs[0])
     exact = copy.deepcopy(stock).double().to(memory_format=memory_formats[0])
     comparisons = []
     for x in inputs:
-        truth = observe(copy.deepcopy(exact), x.double().contiguous(memory_format=memory_formats[0]), backward=backward)
+        in_double = x.double().contiguous(memory_format=memory_formats[0])
+        truth = observe_stock(copy.deepcopy(exact), in_double, autocast=None, backward=backward)
         rows = compare_models(
-            fast, stock, truth, x, dtype, autocast=autocast, backward=backward, memory_formats=memory_formats
-        )
+            fast, stock, truth, x, dtype,
+            autocast=autocast, backward=backward, memory_formats=memory_formats, observe_stock=observe_stock,
+        )  # fmt: skip
         comparisons.append(rows)
     return across_inputs(comparisons, dtype)
 
@@ -180,17 +185,20 @@ def compare_models(
     autocast: bool,
     backward: bool,
     memory_formats: Sequence[torch.memory_format] = MEMORY_FORMATS,
+    observe_stock: Callable[..., dict[str, Tensor]] = observe,
 ) -> list[Row]:
     """Copies of two models on one input, stock in every memory format, against what float64 gave."""
 
-    def seen(model: nn.Module, memory_format: torch.memory_format) -> dict[str, Tensor]:
+    def seen(
+        model: nn.Module, memory_format: torch.memory_format, observe: Callable[..., dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
         model = copy.deepcopy(model).to(memory_format=memory_format)
         model = model if autocast else model.to(dtype)
         y = (x if autocast else x.to(dtype)).contiguous(memory_format=memory_format)
         return observe(model, y, autocast=dtype if autocast else None, backward=backward)
 
-    stocks = [seen(stock, memory_format) for memory_format in memory_formats]
-    return compare(seen(fast, memory_formats[-1]), stocks, truth, dtype)
+    stocks = [seen(stock, memory_format, observe_stock) for memory_format in memory_formats]
+    return compare(seen(fast, memory_formats[-1], observe), stocks, truth, dtype)
 
 
 def across_inputs(comparisons: Sequence[Sequence[Row]], dtype: torch.dtype) -> list[Row]:

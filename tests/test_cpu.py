@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -73,9 +73,9 @@ def offers(tmp_path_factory) -> dict[str, library.Library]:
     return {**OFFERS, "amx": emulated["amx"]}
 
 
-@pytest.fixture(scope="module", params=["portable", "avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.fixture
 def kernels(request) -> Iterator[str]:
-    """The portable kernels, and the C++ ones on each instruction set."""
+    """The portable kernels, or the C++ ones on an instruction set."""
     if request.param == "portable":
         with fastdense.use_backend("torch"):
             yield request.param
@@ -86,6 +86,11 @@ def kernels(request) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch, fastdense.use_backend("cpu"):
         patch.setattr(library, "load", lambda: found[request.param])
         yield request.param
+
+
+each_kernel = pytest.mark.parametrize(  # above other parameters, to run one after another against the same stock runs
+    "kernels", ["portable", "avx2", "avx512", "avx512_bf16", "amx"], indirect=True
+)
 
 
 @pytest.fixture
@@ -171,6 +176,7 @@ BLOCKS = {
 }
 
 
+@each_kernel
 @every_mode
 @pytest.mark.parametrize("geometry", BLOCKS)
 def test_block(kernels, geometry, precision, twins, randn, check):
@@ -178,6 +184,7 @@ def test_block(kernels, geometry, precision, twins, randn, check):
     check(twins("block", **arguments), [randn(*shape, seed=seed) for seed in range(3)], precision)
 
 
+@each_kernel
 @every_mode
 @pytest.mark.parametrize(
     "shape", [(2, 128, 14, 14), (3, 37, 9, 5), (1, 256, 2, 3), (2, 37, 5, 4, 7), (2, 37, 151)], ids=str
@@ -210,6 +217,7 @@ def test_transition_of_equal_slices_is_that_of_one(compiled, precision, twins, r
     assert torch.equal(dw, dw_of_image)
 
 
+@each_kernel
 @every_mode
 @pytest.mark.parametrize(
     "shape", [(2, 64, 20, 20), (3, 37, 9, 5), (2, 8, 1, 1), (2, 37, 7, 6, 5), (2, 37, 151)], ids=str
@@ -219,20 +227,27 @@ def test_stem_tail_and_head(kernels, shape, precision, twins, randn, check):
     check(pair, [randn(*shape, seed=seed) for seed in range(3)], precision)
 
 
+@each_kernel
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_network(kernels, precision, twins, randn, check):
     check(twins("net", num_classes=10), [randn(2, 3, 96, 80, seed=seed) for seed in range(3)], precision)
 
 
+@each_kernel
 @pytest.mark.parametrize("spatial", [(40, 33, 36), (500,)], ids=["volumes", "sequences"])
 def test_network_of_other_dimensions(kernels, spatial, twins, randn, check):
     pair = twins("net", block_config=(2, 3), num_classes=10, spatial_dims=len(spatial))
     check(pair, [randn(2, 3, *spatial, seed=seed) for seed in range(3)], "fp32")
 
 
+one_kernel_for_all_examples = settings(  # other ones for each; of five inputs, as a flipped ReLU may be in one or two
+    max_examples=10, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
 any_layer = dict(growth=st.sampled_from([1, 12, 31, 32, 33, 48]), bn_size=st.sampled_from([None, 1, 4]))
 
 
+@each_kernel
+@one_kernel_for_all_examples
 @given(
     channels=st.integers(1, 70),
     **any_layer,
@@ -242,9 +257,11 @@ any_layer = dict(growth=st.sampled_from([1, 12, 31, 32, 33, 48]), bn_size=st.sam
 def test_any_shape(kernels, channels, growth, bn_size, shape, precision, train, twins, randn, check):
     n, h, w = shape
     block = dict(num_layers=2, num_input_features=channels, growth_rate=growth, bn_size=bn_size)
-    check(twins("block", **block), [randn(n, channels, h, w, seed=seed) for seed in range(3)], precision)
+    check(twins("block", **block), [randn(n, channels, h, w, seed=seed) for seed in range(5)], precision)
 
 
+@each_kernel
+@one_kernel_for_all_examples
 @given(
     batch=st.integers(1, 5),
     channels=st.integers(8, 70),
@@ -260,7 +277,7 @@ def test_any_shape_of_sequences_and_volumes(
 ):
     block = dict(num_layers=2, num_input_features=channels, growth_rate=growth, bn_size=bn_size)
     pair = twins("block", **block, spatial_dims=len(spatial))
-    check(pair, [randn(batch, channels, *spatial, seed=seed) for seed in range(3)], precision)
+    check(pair, [randn(batch, channels, *spatial, seed=seed) for seed in range(5)], precision)
 
 
 LAYER_OPTIONS = {
@@ -272,6 +289,7 @@ LAYER_OPTIONS = {
 }
 
 
+@each_kernel
 @pytest.mark.parametrize("frozen", [None, "norm1", "norm2", "denselayer2"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast bf16"])
 @pytest.mark.parametrize("options", LAYER_OPTIONS)
@@ -288,6 +306,7 @@ def test_training_options(kernels, options, precision, frozen, twins, randn, ass
     assert_parity(*pair, inputs, **PRECISIONS[precision], memory_formats=[layout])
 
 
+@each_kernel
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("wanted", ["x", "denselayer1.conv1", "denselayer2.norm2", "denselayer3.conv2", "conv"])
 def test_only_the_gradients_that_are_wanted(kernels, wanted, precision, twins, randn):
@@ -307,6 +326,7 @@ def test_only_the_gradients_that_are_wanted(kernels, wanted, precision, twins, r
         assert tensor.grad is None or torch.equal(tensor.grad, every[name])
 
 
+@each_kernel
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
@@ -325,6 +345,7 @@ def test_what_is_not_finite_stays_where_it_was(kernels, precision, value, growth
         assert torch.equal(same(found), same(expected))
 
 
+@each_kernel
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("growth_rate", [5, 32])
 def test_a_gradient_that_is_not_finite_stays_where_it_was(kernels, precision, growth_rate, twins, randn):
@@ -340,6 +361,7 @@ def test_a_gradient_that_is_not_finite_stays_where_it_was(kernels, precision, gr
     assert torch.equal(found.grad.isnan(), expected.grad.isnan())
 
 
+@each_kernel
 def test_values_near_overflow(kernels, twins):
     """Winograd's sums exceed what they come from: where they overflow, the result must not."""
     fast, stock = twins("block", num_layers=1, num_input_features=4, growth_rate=4, bn_size=None)
@@ -369,6 +391,7 @@ def test_same_bits_for_any_batch_and_threads(compiled, threads, precision, spati
     assert all(torch.equal(features[0], other) for other in features[1:])
 
 
+@each_kernel
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_training_repeats_its_bits(kernels, threads, count, precision, twins, randn, clear_relus, assert_within_budget):
