@@ -7,18 +7,23 @@ nothing is left that could change behind its back.
 
 from __future__ import annotations
 
-from torch import nn
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from .convert import convert
 from .frozen import Frozen
 from .models import FastDenseNet
 from .modules import FusedBlock, FusedTransition
 from .norms import running_norm
-from .served import hooked, unusual
+from .served import DIMS, hooked, unusual
 from .stages import stem_tail_size
 
 
-def freeze(model: nn.Module) -> nn.Module:
+def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of ``model`` for inference alone, in evaluation, as its weights are now.
 
     Frozen are dense blocks, and of a :class:`FastDenseNet`, which torchvision's DenseNet converts to, transitions and
@@ -28,6 +33,8 @@ def freeze(model: nn.Module) -> nn.Module:
     Args:
         model: any model that :func:`convert` takes, converted or not. It stays as it is and may be trained on; freeze
             it again for what it has learnt.
+        dtype: what convolutions and linear layers compute in, as under autocast to it, but with their weights cast once
+            and inputs of any dtype. Default: as the model, and autocast, would.
 
     Returns:
         The copy. None of its parameters requires a gradient. To train it is an error, and so is a forward that would
@@ -35,37 +42,47 @@ def freeze(model: nn.Module) -> nn.Module:
     """
     model = convert(model).eval().requires_grad_(False)
     if isinstance(model, FusedBlock):
-        return _block(model) or model
+        model = _block(model, dtype) or model
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, FusedBlock) and (block := _block(child)) is not None:
+            if isinstance(child, FusedBlock) and (block := _block(child, dtype)) is not None:
                 parent.add_module(name, block)
         if isinstance(parent, FastDenseNet) and not parent.is_rebuilt():
-            _freeze_others(parent.features)
+            _freeze_others(parent.features, dtype)
+    if dtype is not None:
+        for module in model.modules():
+            if isinstance(module, _ConvNd | nn.Linear):
+                module.to(dtype)
+        model.register_forward_pre_hook(functools.partial(_cast, dtype))
     return model
 
 
-def _block(block: FusedBlock) -> Frozen | None:
+def _cast(dtype: torch.dtype, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+def _block(block: FusedBlock, dtype: torch.dtype | None) -> Frozen | None:
     """Frozen, or ``None`` where it has to stay as it is."""
     layers = None if hooked(block) else block.inference_layers()
     if layers is None:
         return None
-    return Frozen("dense_block_inference", (layers,), layers.conv1_weight[0], block.new_channels)
+    weight = layers.conv1_weight[0]
+    return Frozen("dense_block_inference", (layers,), weight, weight.dim(), dtype, block.new_channels)
 
 
-def _freeze_others(features: nn.Sequential) -> None:
+def _freeze_others(features: nn.Sequential, dtype: torch.dtype | None) -> None:
     """The transitions and the stem's tail of a FastDenseNet, in place."""
     stages = list(features.named_children())
     for i, (name, stage) in enumerate(stages):
         if isinstance(stage, FusedTransition):
             parts = stage.inference_parts()
             if parts is not None and not hooked(stage):
-                features.add_module(name, Frozen("transition", parts, parts[1]))
+                features.add_module(name, Frozen("transition", parts, parts[1], parts[1].dim(), dtype))
         size = stem_tail_size(stages[i:])
         if size:
-            names, parts = zip(*stages[i : i + size], strict=True)
-            norm = None if any(map(unusual, parts)) else running_norm(parts[0])
+            names, modules = zip(*stages[i : i + size], strict=True)
+            norm = None if any(map(unusual, modules)) else running_norm(modules[0])
             if norm is not None:
                 for fused in names[:-1]:
                     delattr(features, fused)
-                features.add_module(names[-1], Frozen("stem_tail", (norm,), norm.weight))
+                features.add_module(names[-1], Frozen("stem_tail", (norm,), norm.weight, DIMS[type(modules[-1])]))

@@ -21,16 +21,27 @@ class Frozen(nn.Module):
     Args:
         op: of :mod:`fastdense.ops`, that computes it.
         arguments: the op's, after x; their tensors are copied.
-        weight: of its first convolution, whose dtype it computes in; of its norm where it has none.
+        weight: of its first convolution, of its norm where it has none.
+        dims: of x.
+        dtype: what it convolves in, by default that of ``weight``; autocast's goes before.
         new_channels: how many each layer of a block adds, by the layers' names.
 
     Shapes: as of the op.
     """
 
-    def __init__(self, op: str, arguments: tuple[Any, ...], weight: Tensor, new_channels: dict[str, int] | None = None):
+    def __init__(
+        self,
+        op: str,
+        arguments: tuple[Any, ...],
+        weight: Tensor,
+        dims: int,
+        dtype: torch.dtype | None = None,
+        new_channels: dict[str, int] | None = None,
+    ):
         super().__init__()
         self.op, self.new_channels = op, new_channels or {}
-        self._channels, self._convolves = weight.shape[1 if weight.dim() > 1 else 0], weight.dim() > 1
+        self._convolves, self._dims, self._dtype = weight.dim() > 1, dims, dtype
+        self._channels = weight.shape[1 if self._convolves else 0]
         leaves, self._structure = pytree.tree_flatten(arguments)
         self._plain = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         for i, leaf in enumerate(leaves):
@@ -43,21 +54,25 @@ class Frozen(nn.Module):
         """What the op makes of x.
 
         Raises:
-            ValueError: x has other channels.
+            ValueError: x has other dimensions or channels.
             TypeError: it is of another dtype, or on another device, than the tensors.
             RuntimeError: a gradient would be needed, or the reference is asked for.
         """
-        if x.dim() < 3 or x.shape[1] != self._channels:
-            raise ValueError(f"this frozen stage takes {self._channels} channels, [N, C, ...], got {list(x.shape)}")
+        if x.dim() != self._dims or x.shape[1] != self._channels:
+            wanted = ", ".join(["N", str(self._channels), *"DHW"[5 - self._dims :]])
+            raise ValueError(f"this frozen stage takes [{wanted}], got {list(x.shape)}")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a frozen stage has no backward: train the model that it was made from")
-        cast_to, backend = autocast_dtype(x), backends.select(x.device, x.dtype, x.dim() - 2)
+        cast_to, backend = autocast_dtype(x) or self._dtype, backends.select(x.device, x.dtype, x.dim() - 2)
         if torch.compiler.is_compiling():
             return self._run(x, **self._options(x, cast_to, backend))
         key = x.dtype, x.device, cast_to, backend
         if key not in self._prepared:
             self._prepared[key] = self._prepare(x, **self._options(x, cast_to, backend))
         return self._prepared[key](x)
+
+    def extra_repr(self) -> str:
+        return f"{self.op}, {self._channels}"
 
     def _options(self, x: Tensor, cast_to: torch.dtype | None, backend: str) -> dict[str, Any]:
         """The op's, for tensors like x."""

@@ -55,6 +55,20 @@ def test_same_bits_under_autocast(pair: tuple[Any, Any], randn: Any, device: str
     assert torch.equal(frozen(x), fast(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.inference_mode()
+def test_in_a_dtype_of_its_own(pair: tuple[Any, Any], randn: Any, device: str, dtype: torch.dtype) -> None:
+    """What autocast would compute, without it: weights are cast once, norms keep theirs."""
+    fast, _ = pair
+    frozen, x = fastdense.freeze(fast, dtype), randn(2, 3, 64, 64, device=device)
+    with torch.autocast(device, dtype):
+        expected = fast(x)
+        assert torch.equal(frozen(x), expected)
+    assert torch.equal(frozen(x), expected)
+    assert torch.equal(frozen(x.to(dtype)), expected)
+    assert frozen.features.conv0.weight.dtype == dtype
+
+
 @pytest.mark.parametrize("name", SOURCES)
 @torch.inference_mode()
 def test_networks_of_every_library(name: str) -> None:
@@ -70,6 +84,11 @@ def test_networks_of_every_library(name: str) -> None:
         assert not kept
     for seed in (0, 1):
         assert torch.equal(frozen(source.images(seed=seed)), fast(source.images(seed=seed)))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = fast(source.images())
+    made = fastdense.freeze(original, torch.bfloat16)(source.images())
+    assert made.dtype == torch.bfloat16
+    assert (made.float() - expected.float()).norm() < 4e-3 * expected.float().norm()  # a rounding: biases are cast too
 
 
 @pytest.mark.parametrize("bn_size", [4, None])
@@ -108,6 +127,8 @@ def test_of_one_state_for_ever(pair: tuple[Any, Any], randn: Any, device: str) -
     assert not torch.equal(fast(x), before)
     assert torch.equal(frozen(x), before)
     assert torch.equal(fastdense.freeze(fast)(x), fast(x))
+    assert frozen(x[:0]).shape == (0, 5)
+    assert torch.equal(fastdense.freeze(frozen)(x), before)
 
 
 def test_original_stays_as_it_is(twins: Any, randn: Any, device: str) -> None:
@@ -188,8 +209,10 @@ def test_what_it_refuses(pair: tuple[Any, Any], randn: Any, device: str) -> None
     with torch.no_grad():
         assert frozen(x).shape == (2, 5)
     block = frozen.features.denseblock1
-    with pytest.raises(ValueError, match=r"takes 16 channels, \[N, C, ...\], got \[2, 15, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"takes \[N, 16, H, W\], got \[2, 15, 8, 8\]"):
         block(randn(2, 15, 8, 8, device=device))
+    with pytest.raises(ValueError, match=r"takes \[N, 16, H, W\], got \[2, 16, 8\]"):
+        frozen.features.pool0(randn(2, 16, 8, device=device))
     with pytest.raises(TypeError, match=r"takes torch.float32 on .*, got torch.float64"):
         block(randn(2, 16, 8, 8, device=device, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"features.pool0, features.denseblock1, .* are frozen"):
