@@ -76,10 +76,14 @@ class Compiled:
 
 
 def distinct(launches: Iterable[Launch], specialised: bool = False) -> list[Launch]:
-    """The last launch of each set of blocks and flags; or of each way of specialising its arguments, which are more."""
+    """The last launch of each set of blocks, flags and ones; or of each way of specialising its arguments.
+
+    Triton compiles an argument of 1 as a constant, with which a loop over tiles is none.
+    """
 
     def kind(launch: Launch) -> tuple[str, ...]:
-        ways = map(str, _specialised(launch)) if specialised else ()
+        ones = [name for name, value in launch.arguments.items() if isinstance(value, int) and value == 1]
+        ways = map(str, _specialised(launch)) if specialised else ones
         return launch.name, _blocks(launch), str(launch.arguments["num_warps"]), *ways
 
     return list({kind(launch): launch for launch in launches}.values())

@@ -84,9 +84,8 @@ def block_infer(pixels: int, b: int, n: int, dtype: torch.dtype, device: torch.d
 
 
 def conv1x1_bwd(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """Two products, dh and all of N: 64 rows by 64 channels hold 8 warps just short of spilling."""
-    block_n = _block(n, 256)
-    default = Config(64, block_n, _block(k, 64 if n <= 128 else 32), num_warps=8, num_stages=2)
+    """Two products, dh and all of N, over several tiles of pixels: by twice the channels, 8 warps spill."""
+    default = Config(64, _block(n, 256), _block(k, 16 if _family == "hip" else 32), num_warps=8, num_stages=2)
     return _tuned("conv1x1_bwd", key(m, n, k, dtype), device, default)
 
 
