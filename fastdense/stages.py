@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.modules.pooling import _MaxPoolNd
@@ -46,15 +45,15 @@ def through(
     stats: BatchStats | None = None  # of x, where known
     channels_last = is_channels_last(x)  # as the reference's features would be; ours always are
     while stages:
-        name, stage = stages.pop(0)
-        if isinstance(stage, BatchNorm) and not stages:
+        stage = stages[0][1]
+        if isinstance(stage, BatchNorm) and len(stages) == 1:
             return x, stats, stage
-        tail = stem_tail_size([(name, stage), *stages])
-        if tail:
-            fused = [stage, *(module for _, module in stages[: tail - 1])]
-            name, pool = stages[tail - 2]
-            del stages[: tail - 1]
-            x, stats = stem_tail(cast(BatchNorm, stage), fused[1] if tail == 3 else None, pool, x), None
+        size = stem_tail_size(stages) or 1
+        names, fused = zip(*stages[:size], strict=True)
+        name = names[-1]
+        del stages[:size]
+        if size > 1:
+            x, stats = stem_tail(fused[0], fused[1] if size == 3 else None, fused[-1], x), None
         elif isinstance(stage, FusedBlock) and not hooked(stage):
             x, stats = stage.forward_with_stats(x, channels_last)
         elif isinstance(stage, FusedTransition) and not hooked(stage):
