@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from . import backends
 from .kernels.contract import DenseLayers
 from .kernels.portable.batch_norm import gemm_dtype
-from .kernels.portable.chunks import chunks
+from .kernels.portable.chunks import OF_A_BLOCK, OF_A_PASS, chunks
 from .modules import FusedBlock, FusedTransition
 from .roofline import Stage
 
@@ -196,8 +196,7 @@ def _scratch(backend: str, op: str, args: Any, kwargs: Any) -> int:
     pooled, size = x.numel() // 4, x.element_size()
     if backend == "torch":
         chunk = _chunk(x.shape)
-        da = 4 * x.numel() if size < 4 else 0  # in float32 it becomes x's gradient
-        return 4 * chunk + da if backward else 2 * chunk
+        return 4 * chunk + 4 * x.numel() if backward else 2 * chunk  # da
     if not backward or not (transition or stem):
         return 0
     if backend == "triton":
@@ -222,7 +221,7 @@ def _scratch_of_block(backend: str, op: str, args: Any, kwargs: Any) -> int:
         packed = compute * sum(weight.numel() for weight in conv1 + conv2)
         return again + packed + backward * pixels * (channels * size + (growth + width) * compute)  # G; dy, da
     if backend == "torch":
-        chunk = _chunk((n, channels, h, w))
+        chunk = _chunk((n, channels, h, w), OF_A_BLOCK if inference else OF_A_PASS)
         if not backward:
             return 2 * chunk + (0 if inference else again)
         casts = 4 * pixels * width if size < 4 else 0
@@ -243,9 +242,9 @@ def _scratch_of_block(backend: str, op: str, args: Any, kwargs: Any) -> int:
     return again + packed + sums + turned + widened + pixels * (gradient * channels + word * width)  # G; da
 
 
-def _chunk(shape: Any) -> int:
+def _chunk(shape: Any, size: int = OF_A_PASS) -> int:
     """Bytes of the portable kernels' temporary of one chunk."""
-    return 4 * chunks(shape, torch.device("cpu"))[0].pixels * shape[1]
+    return 4 * chunks(shape, torch.device("cpu"), size)[0].pixels * shape[1]
 
 
 def _packed_on_cpu(model: nn.Module, dtype: torch.dtype, train: bool) -> int:

@@ -20,18 +20,30 @@ import torch
 from torch import Tensor
 
 from ..contract import ChannelStats, Norm, NormGrads, accumulator_dtype
-from ..group import join
+from ..group import Group, join
 from .chunks import Chunk, Scratch, chunks
 
 
 def rows(x: Tensor) -> Tensor:
     """[N, C, *spatial] as [M, C]; without a copy where it lies in channels-last memory."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        n, channels, height, width = x.shape
+        return x.as_strided((n * height * width, channels), (channels, 1))
     return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
 def images(x: Tensor, shape: Sequence[int]) -> Tensor:
     """Dense [M, C] as [N, C, *spatial] in channels-last memory, without a copy; ``shape`` is (N, *spatial)."""
+    if len(shape) == 3:
+        (n, height, width), channels = shape, x.shape[1]
+        strides = (height * width * channels, 1, width * channels, channels)
+        return x.as_strided((n, channels, height, width), strides)
     return x.view(*shape, x.shape[1]).movedim(-1, 1)
+
+
+def prefix(x: Tensor, channels: int) -> Tensor:
+    """The first channels of [M, C] or [C]."""
+    return x.as_strided((*x.shape[:-1], channels), x.stride())
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,7 +108,7 @@ def affine(norm: Norm, dtype: torch.dtype) -> Affine:
 
 def affine_relu(x: Tensor, vectors: Affine, out: Tensor | None = None) -> Tensor:
     """relu(scale * x + shift) of [M, C], in the dtype of the vectors. NaN propagates."""
-    return torch.addcmul(vectors.shift, cast(x, vectors.scale.dtype), vectors.scale, out=out).relu_()
+    return torch.addcmul(vectors.shift, cast(x, vectors.scale.dtype), vectors.scale, out=out).clamp_min_(0)
 
 
 def _as_norms_see(x: Tensor, chunk: Chunk) -> Tensor:
@@ -147,11 +159,27 @@ def mask_by_relu(dz: Tensor, z: Tensor, out: Tensor) -> Tensor:
 
 def norm_sums(da: Tensor, x: Tensor, vectors: Affine, chunk: Chunk) -> tuple[Tensor, Tensor]:
     """s1 = sum(da) and s2 = sum(da * xhat), both [C], of a chunk's dense [M, C] of the accumulator dtype."""
-    da, x = _as_norms_see(da, chunk), _as_norms_see(x, chunk)
-    _, s2, s1 = torch.ops.aten.native_batch_norm_backward(
-        da, x, vectors.weight, None, None, vectors.mean, vectors.rstd, True, 0.0, [False, True, True]
-    )
+    _, s1, s2 = _native_backward(_as_norms_see(da, chunk), _as_norms_see(x, chunk), vectors, need_x=False)
     return s1, s2
+
+
+def norms_at_once(x: Tensor, acc: torch.dtype, parts: list[Chunk], group: Group | None) -> bool:
+    """Whether :func:`norm_backward` serves x [M, C], cut into ``parts``."""
+    return x.dtype == acc and x.is_contiguous() and parts[0].is_of_images and group is None
+
+
+def norm_backward(da: Tensor, x: Tensor, vectors: Affine) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [M, C], s1 and s2 of a norm with the statistics of its batch, which is all of da and x, dense [M, C]."""
+    dx, s1, s2 = _native_backward(images(da, (1, len(da), 1)), images(x, (1, len(x), 1)), vectors, need_x=True)
+    return rows(dx), s1, s2
+
+
+def _native_backward(da: Tensor, x: Tensor, vectors: Affine, need_x: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dx of a norm with the statistics of its batch, if needed, s1 and s2, in one pass of PyTorch's own."""
+    dx, s2, s1 = torch.ops.aten.native_batch_norm_backward(
+        da, x, vectors.weight, None, None, vectors.mean, vectors.rstd, True, 0.0, [need_x, True, True]
+    )
+    return dx, s1, s2
 
 
 def add_up(sums: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -163,7 +191,7 @@ def add_up(sums: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 class Correction(NamedTuple):
-    """What flows to the input of a norm through its batch statistics: ``p + q * (x - mean)``, all [C].
+    """What flows to the input of norms through their batch statistics: ``p + q * (x - mean)``, all [C].
 
     Norms that share their statistics add up their p and q, so that one correction serves all of them.
     """
@@ -172,25 +200,25 @@ class Correction(NamedTuple):
     p: Tensor
     q: Tensor
 
+    @staticmethod
+    def none(mean: Tensor) -> Correction:
+        """To add to."""
+        return Correction(mean, torch.zeros_like(mean), torch.zeros_like(mean))
 
-class Shares(NamedTuple):
-    """What s1 and s2 of a norm that uses the statistics of its batch contribute to p and q, all [C]."""
+    @staticmethod
+    def of(norm: Affine, s1: Tensor, s2: Tensor, count: int, group: Group | None) -> Correction:
+        """Of one norm, in a batch of ``count`` pixels on this process of ``group``."""
+        through = Correction.none(norm.mean)
+        through.add(norm, s1, s2, count)
+        if group:
+            group.add_up(through.p, through.q)
+        return through
 
-    mean: Tensor
-    p: Tensor  # -scale / M
-    q: Tensor  # -scale * rstd / M
-
-    def correction(self, s1: Tensor, s2: Tensor) -> Correction:
-        return Correction(self.mean, self.p * s1, self.q * s2)
-
-
-def shares(norms: list[Affine], count: int) -> list[Shares]:
-    """Of some norms in a batch of ``count`` pixels."""
-    if not norms:
-        return []
-    ps = torch._foreach_mul([norm.scale for norm in norms], -1 / count)
-    qs = torch._foreach_mul(ps, [norm.rstd for norm in norms])
-    return [Shares(norm.mean, p, q) for norm, p, q in zip(norms, ps, qs, strict=True)]
+    def add(self, norm: Affine, s1: Tensor, s2: Tensor, count: int) -> None:
+        """Of one more norm, of a batch of ``count`` pixels, that reads the first of these channels."""
+        p, q = (prefix(vector, len(s1)) for vector in (self.p, self.q))
+        p.addcmul_(norm.scale, s1, value=-1 / count)
+        q.addcmul_(norm.scale * norm.rstd, s2, value=-1 / count)
 
 
 def input_gradient(
@@ -218,23 +246,26 @@ def norm_relu_backward(dz: Callable[[Chunk, Tensor], Tensor], x: Tensor, norm: N
     That of x is of its dtype and in channels-last memory.
     """
     source, vectors = rows(x), affine(norm, accumulator_dtype(x.dtype))
-    scratch = Scratch(vectors.scale.dtype, x.device)
-    da = torch.empty(source.shape, dtype=vectors.scale.dtype, device=x.device)
-    dx = da if x.dtype == da.dtype else torch.empty(source.shape, dtype=x.dtype, device=x.device)
-    parts, sums = chunks(x.shape, x.device), []
+    parts, acc = chunks(x.shape, x.device), vectors.scale.dtype
+    scratch = Scratch(acc, x.device)
+    group = join(norm.group, len(source), x.device)
+    at_once = norm.batch_stats and norms_at_once(source, acc, parts, group)
+    da, sums = torch.empty(source.shape, dtype=acc, device=x.device), []
     for chunk in parts:
         size = (chunk.pixels, x.shape[1])
-        x_chunk = scratch("x", *size).copy_(chunk.of(source))
+        x_chunk = chunk.of(source) if at_once else scratch("x", *size).copy_(chunk.of(source))
         z = affine_relu(x_chunk, vectors, scratch("z", *size))
         part = mask_by_relu(rows(dz(chunk, images(z, chunk.shape))), z, out=chunk.of(da))
-        sums.append(norm_sums(part, x_chunk, vectors, chunk))
-    s1, s2 = add_up(sums)
-    through = shares([vectors], len(source))[0].correction(s1, s2) if norm.batch_stats else None
-    group = join(norm.group, len(source), x.device)
-    if through and group:
-        group.add_up(through.p, through.q)
-    for chunk in parts:
-        out = scratch("x", chunk.pixels, x.shape[1])
-        dx[chunk.rows] = input_gradient(chunk.of(da), vectors.scale, chunk.of(source), through, out)
+        if not at_once:
+            sums.append(norm_sums(part, x_chunk, vectors, chunk))
+    if at_once:
+        dx, s1, s2 = norm_backward(da, source, vectors)
+    else:
+        dx = da if x.dtype == acc else torch.empty(source.shape, dtype=x.dtype, device=x.device)
+        s1, s2 = add_up(sums)
+        through = Correction.of(vectors, s1, s2, len(source), group) if norm.batch_stats else None
+        for chunk in parts:
+            out = scratch("x", chunk.pixels, x.shape[1])
+            chunk.of(dx).copy_(input_gradient(chunk.of(da), vectors.scale, chunk.of(source), through, out))
     dx = images(dx, (x.shape[0], *x.shape[2:]))
     return NormGrads(dx, cast(s2, norm.weight.dtype), cast(s1, norm.bias.dtype))

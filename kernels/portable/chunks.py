@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_BYTES = 4 << 20  # of a chunk's widest float32 temporary, on CPUs
+# Bytes of a chunk's widest float32 temporary, on CPUs: a pass does better with few calls, a block with warm caches.
+OF_A_PASS = 16 << 20
+OF_A_BLOCK = 8 << 20
 _ROWS = 2048  # pixels that a chunk has at least, where the batch does: matrix products need them
 
 
@@ -30,15 +32,15 @@ class Chunk(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """Its rows of [M, C]; those of all images without a slice, which in a deep network adds up."""
-        return x if self.pixels == len(x) else x[self.rows]
+        return x if self.pixels == x.shape[0] else x[self.rows]
 
 
-def chunks(shape: Sequence[int], device: torch.device) -> list[Chunk]:
-    """Of a pass whose widest temporary is [N, C, *spatial]: as equal as can be on CPUs, one elsewhere."""
+def chunks(shape: Sequence[int], device: torch.device, size: int = OF_A_PASS) -> list[Chunk]:
+    """Of work whose widest temporary is [N, C, *spatial]: as equal as can be on CPUs, one elsewhere."""
     n, channels, *spatial = shape
     pixels = math.prod(spatial)
-    size = max(1, _BYTES // (4 * pixels * channels), _ROWS // pixels) if device.type == "cpu" else n
-    parts = max(1, -(-n // size))
+    most = max(1, size // (4 * pixels * channels), _ROWS // pixels) if device.type == "cpu" else n
+    parts = max(1, -(-n // most))
     bounds = [(i * n // parts, (i + 1) * n // parts) for i in range(parts)]
     return [Chunk(slice(a, b), slice(a * pixels, b * pixels), (b - a, *spatial)) for a, b in bounds]
 

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from .batch_norm import images, rows
 
-_FEW = 1024  # pixels for which a CPU's matrix product is quicker than a 1x1 convolution's preparations
-_NARROW = 64  # outputs below which its two products of a backward are too
+_FEW = 1024  # pixels for which a CPU's matrix products are quicker than a 1x1 convolution's preparations
 
 
 def conv(z: Tensor, weight: Tensor, shape: Sequence[int], bias: Tensor | None = None) -> Tensor:
     """Dense [M, C] of images of ``shape`` (N, *spatial), [K, C, 1 or 3, ...] -> [M, K]."""
     if _is_product(z, weight):
         columns = weight.flatten(1).t()
-        return z @ columns if bias is None else torch.addmm(bias, z, columns)
+        return torch.mm(z, columns) if bias is None else torch.addmm(bias, z, columns)
     weight, shape = _planar(weight, shape)
     ones, zeros, padding = _geometry(weight)
     return rows(torch.convolution(images(z, shape), weight, bias, ones, padding, ones, False, zeros, 1))
@@ -28,8 +27,9 @@ def conv_backward(
     dy: Tensor, z: Tensor, weight: Tensor, shape: Sequence[int], need_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
     """dz [M, C] and the weight's gradient, from dense dy [M, K] and z."""
-    if _is_product(z, weight) and dy.shape[1] < _NARROW:
-        return dy @ weight.flatten(1), (dy.t() @ z).view(weight.shape) if need_weight else None
+    if _is_product(z, weight):
+        dz = torch.mm(dy, weight.flatten(1))  # and z.t() @ dy is a quarter quicker than dy.t() @ z
+        return dz, torch.mm(z.t(), dy).t().view(weight.shape) if need_weight else None
     kernel, shape = _planar(weight, shape)
     ones, zeros, padding = _geometry(kernel)
     dz, dweight, _ = torch.ops.aten.convolution_backward(

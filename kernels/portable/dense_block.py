@@ -20,6 +20,7 @@ The work is cut into chunks of whole images so that what a pass makes is still i
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -50,13 +51,15 @@ from .batch_norm import (
     laid_out_as,
     mask_by_relu,
     merge_stats,
+    norm_backward,
     norm_sums,
+    norms_at_once,
+    prefix,
     row_stats,
     rows,
-    shares,
     zero_stats,
 )
-from .chunks import Chunk, Scratch, chunks
+from .chunks import OF_A_BLOCK, Chunk, Scratch, chunks
 from .conv import conv, conv_backward
 
 
@@ -173,13 +176,16 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
     bottleneck: list[Tensor] = []
     group = join(layers.group, len(shared), x.device)
 
-    shared[:, :c0] = rows(x)
+    widths = [c0] + [layers.growth_rate] * layers.num_layers
+    written = [tensor.split(widths, -1) for tensor in (shared, *stats)]  # by who writes: the input, layer 0, ...
+    first, *first_in_stats = (parts[0] for parts in written)
+    first.copy_(rows(x))
     if share_stats:
-        _store(stats, slice(0, c0), channel_stats(x), group)
+        _store(first_in_stats, channel_stats(x), group)
     for layer in range(layers.num_layers):
         channels = c0 + layer * layers.growth_rate
         parts = chunks((n, channels, *spatial), x.device)
-        source, norm = shared[:, :channels], layers.norm1(layer, stats)
+        source, norm = prefix(shared, channels), layers.norm1(layer, stats)
         if layers.has_bottleneck:
             use_batch = layers.norm2_batch_stats[layer]
             hidden, hidden_stats = block.bottleneck(layer, affine(norm, block.acc)).forward(source, parts, use_batch)
@@ -191,11 +197,9 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
                 group.merge(hidden_stats)
             bottleneck_stats.append(hidden_stats)
             source, norm = hidden, layers.norm2(layer, hidden_stats)
-        new = slice(channels, channels + layers.growth_rate)
-        _, new_stats = block.growth(layer, affine(norm, block.acc)).forward(
-            source, parts, share_stats, out=shared[:, new]
-        )
-        _store(stats, new, new_stats, group)
+        new, *new_in_stats = (parts[layer + 1] for parts in written)
+        _, new_stats = block.growth(layer, affine(norm, block.acc)).forward(source, parts, share_stats, out=new)
+        _store(new_in_stats, new_stats, group)
 
     if not bottleneck_stats:
         return DenseBlockOutput(out, bottleneck, *stats, *zero_stats((layers.num_layers, 0), store, x.device))
@@ -221,7 +225,7 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) ->
     shared = rows(out)
     shared[:, :c0] = rows(x)
     scratch = Scratch(acc, x.device)
-    for chunk in chunks((n, layers.output_channels, *spatial), x.device):  # through every layer while in cache
+    for chunk in chunks((n, layers.output_channels, *spatial), x.device, OF_A_BLOCK):  # through every layer in cache
         part = chunk.of(shared)
         for layer, weight in enumerate(growth):
             channels = c0 + layer * layers.growth_rate
@@ -254,12 +258,13 @@ def dense_block_backward(
     grad = grad.view(count, channels)  # G, raw
     use_batch = any(layers.norm1_batch_stats)
     group = join(layers.group, count, device)
-    through = Correction(stats.mean, torch.zeros_like(stats.mean), torch.zeros_like(stats.mean))  # P and Q
+    through = Correction.none(stats.mean)  # P and Q
+    widths = [layers.input_channels] + [layers.growth_rate] * layers.num_layers
+    written = [tensor.split(widths, -1) for tensor in (grad, shared, *through)]  # by who wrote: the input, layer 0, ...
     one = torch.ones((), dtype=acc, device=device)
     first_layer = needs.first_layer()
     norms1 = affines([layers.norm1(layer, stats) for layer in range(layers.num_layers)], acc)
     norms2 = affines([layers.norm2(i, _at(bottleneck_stats, i)) for i in range(len(layers.norm2_weight))], acc)
-    shares1, shares2 = shares(norms1, count), shares(norms2, count)
     parameters = (
         layers.norm1_weight, layers.norm1_bias, layers.conv1_weight,
         layers.norm2_weight, layers.norm2_bias, layers.conv2_weight,
@@ -267,31 +272,34 @@ def dense_block_backward(
     gradients: list[list[Tensor | None]] = [[None] * len(tensors) for tensors in parameters]
     dnorm1_weight, dnorm1_bias, dconv1_weight, dnorm2_weight, dnorm2_bias, dconv2_weight = gradients
 
-    def true_gradient(channels: slice) -> Tensor:
-        """G + P + Q * (x - mean) of some channels, [M, k]."""
-        part = Correction(*(vector[channels] for vector in through)) if use_batch else None
+    def true_gradient(writer: int) -> Tensor:
+        """G + P + Q * (x - mean) of the channels of one writer, [M, k]."""
+        g, x, *vectors = (parts[writer] for parts in written)
+        part = Correction(*vectors) if use_batch else None
         if part and group:
             group.add_up(part.p, part.q)
-        return input_gradient(grad[:, channels], one, shared[:, channels], part)
+        return input_gradient(g, one, x, part)
 
     for layer in reversed(range(first_layer, layers.num_layers)):
         channels -= layers.growth_rate
         parts = chunks((n, channels, *spatial), device)
-        source, norm1 = shared[:, :channels], norms1[layer]
-        dy = true_gradient(slice(channels, channels + layers.growth_rate))
+        source, norm1 = prefix(shared, channels), norms1[layer]
+        dy = true_gradient(layer + 1)
         if layers.has_bottleneck:
             first = block.bottleneck(layer, norm1)
             hidden = output.bottleneck[layer] if output.bottleneck else first.forward(source, parts, False)[0]
-            norm2 = norms2[layer]
-            second = block.growth(layer, norm2)
+            norm2, uses_batch = norms2[layer], layers.norm2_batch_stats[layer]
+            second, narrow = block.growth(layer, norm2), chunks((n, layers.bottleneck_channels, *spatial), device)
             da = torch.empty(hidden.shape, dtype=acc, device=device)
-            narrow = chunks((n, layers.bottleneck_channels, *spatial), device)
             halves = second.backward((chunk.of(dy) for chunk in narrow), hidden, narrow, needs.conv2[layer], da)
-            s1, s2 = add_up([norm_sums(part, x, norm2, chunk) for chunk, x, part in halves])
-            own = shares2[layer].correction(s1, s2) if layers.norm2_batch_stats[layer] else None
-            if own and group:
-                group.add_up(own.p, own.q)
-            dys = block.input_gradients(da, norm2, hidden, own, parts)
+            if uses_batch and norms_at_once(hidden, acc, narrow, group):
+                deque(halves, maxlen=0)
+                dhidden, s1, s2 = norm_backward(da, hidden, norm2)
+                dys = (chunk.of(dhidden) for chunk in parts)
+            else:
+                s1, s2 = add_up([norm_sums(part, x, norm2, chunk) for chunk, x, part in halves])
+                own = Correction.of(norm2, s1, s2, count, group) if uses_batch else None
+                dys = block.input_gradients(da, norm2, hidden, own, parts)
             dnorm2_weight[layer] = cast(s2, layers.norm2_weight[layer].dtype)
             dnorm2_bias[layer] = cast(s1, layers.norm2_bias[layer].dtype)
             if needs.conv2[layer]:
@@ -300,14 +308,13 @@ def dense_block_backward(
             first = block.growth(layer, norm1)
             dys = (chunk.of(dy) for chunk in parts)
 
-        prefix, sums = grad[:, :channels], []
+        read, sums = prefix(grad, channels), []
         for chunk, x, da in first.backward(dys, source, parts, needs.conv1[layer]):
             sums.append(norm_sums(da, x, norm1, chunk))
-            chunk.of(prefix).addcmul_(da, norm1.scale)
+            chunk.of(read).addcmul_(da, norm1.scale)
         s1, s2 = add_up(sums)
         if layers.norm1_batch_stats[layer]:
-            through.p[:channels].addcmul_(shares1[layer].p, s1)
-            through.q[:channels].addcmul_(shares1[layer].q, s2)
+            through.add(norm1, s1, s2, count)
         dnorm1_weight[layer] = cast(s2, layers.norm1_weight[layer].dtype)
         dnorm1_bias[layer] = cast(s1, layers.norm1_bias[layer].dtype)
         if needs.conv1[layer]:
@@ -315,7 +322,7 @@ def dense_block_backward(
 
     dx = shared.new_empty(0)
     if needs.x:
-        dx = images(cast(true_gradient(slice(0, layers.input_channels)), x_dtype), (n, *spatial))
+        dx = images(cast(true_gradient(0), x_dtype), (n, *spatial))
     return DenseBlockGrads(
         dx,
         *(
@@ -325,12 +332,13 @@ def dense_block_backward(
     )
 
 
-def _store(stats: ChannelStats, where: slice, values: ChannelStats | None, group: Group | None) -> None:
-    if values is None:
+def _store(where: list[Tensor], stats: ChannelStats | None, group: Group | None) -> None:
+    if stats is None:
         return
     if group is not None:
-        group.merge(values)
-    stats.mean[where], stats.var[where] = values
+        group.merge(stats)
+    for vector, values in zip(where, stats, strict=True):
+        vector.copy_(values)
 
 
 def _at(stats: ChannelStats, layer: int) -> ChannelStats:
