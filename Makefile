@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard kernels/cpu/src/*)
 	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -e '.[dev]'
 	touch $@
 
-bench: $(INSTALLED)  ## fast against naive: parity, speed, memory, plots, a report (five to ten minutes)
+bench: $(INSTALLED)  ## fast against naive: parity, speed, memory, plots, a report (about five minutes)
 	$(BIN)/fastdense bench
 
 $(PEERS): $(INSTALLED)

@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "--suite",
         choices=SUITES,
         default="quick",
-        help="quick: against naive, about ten minutes on two cores (default); peers: DenseNet-121 beside "
+        help="quick: against naive, about five minutes on two cores (default); peers: DenseNet-121 beside "
         "torch.compile, OpenVINO, ONNX Runtime, timm, MONAI; scaling: depth, batch, resolution; full: hours",
     )
     parser.add_argument("--device", default=default_device(), help="cpu or cuda (default: the GPU if there is one)")

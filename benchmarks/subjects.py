@@ -104,8 +104,8 @@ DENSENET121_BLOCKS = (
 )
 DENSENET121 = Network("densenet121", 224, parity_size=64)
 CIFAR_NETWORKS = (
-    Network("densenet_bc_100_12", 32, batch_cpu=16, batch_gpu=256),
-    Network("densenet_40_12", 32, batch_cpu=16, batch_gpu=256),
+    Network("densenet_bc_100_12", 32, batch_cpu=8, batch_gpu=256),
+    Network("densenet_40_12", 32, batch_cpu=8, batch_gpu=256),
 )
 SUBJECTS: tuple[Subject, ...] = (*DENSENET121_BLOCKS, DENSENET121, *CIFAR_NETWORKS)
 
