@@ -10,10 +10,12 @@ import torch
 from .contenders import (
     ALL,
     FAST,
+    FAST_FROZEN,
     MAX_AUTOTUNE,
     MEMORY_CONTENDERS,
     NAIVE,
     NAIVE_AND_FAST,
+    OPENVINO,
     Contender,
 )
 from .subjects import CIFAR_NETWORKS, DENSENET121, DTYPES, SUBJECTS, Network, Subject, deep_densenet
@@ -150,6 +152,10 @@ _PEERS = (
     Meeting(DENSENET121, INFERENCE, _PEER_CONTENDERS, (1, 16)),
     Meeting(DENSENET121, STEP, _PEER_CONTENDERS, (8,)),
 )
+_OTHER_SIZES = (
+    *(Network("densenet121", size) for size in (160, 299, 512)),
+    *(Network(name, 224) for name in ("densenet169", "densenet201")),
+)
 
 _PROGRAMS = (
     Program("densenet_bc_22_24", epochs=60, seeds=3),
@@ -170,6 +176,13 @@ SUITES = {
         programs=(Program("densenet_bc_22_24", epochs=5, seeds=1),),
     ),
     "peers": Suite(meetings=_PEERS, seconds=10, fewest_rounds=6, memory_of_meetings=True),
+    "sizes": Suite(
+        meetings=tuple(
+            Meeting(network, INFERENCE, (NAIVE, OPENVINO, FAST_FROZEN, FAST), (4,)) for network in _OTHER_SIZES
+        ),
+        seconds=15,
+        fewest_rounds=6,
+    ),
     "scaling": Suite(
         depths=(40, 70, 100, 148, 190, 250, 298),
         batches=(1, 2, 4, 8, 16, 32, 64),
@@ -181,8 +194,7 @@ SUITES = {
             *(Meeting(s, m, batches=tuple(max(1, int(s.batch_cpu * f)) for f in (0.25, 1, 4)))
               for s in SUBJECTS for m in (TRAINING, INFERENCE)),
             *_PEERS,
-            *(Meeting(Network("densenet121", size), INFERENCE, ALL, (4,)) for size in (160, 299, 512)),
-            *(Meeting(Network(name, 224), INFERENCE, ALL, (4,)) for name in ("densenet169", "densenet201")),
+            *(Meeting(network, INFERENCE, ALL, (4,)) for network in _OTHER_SIZES),
             Meeting(CIFAR_NETWORKS[0], STEP, ALL, (64,)),
         ),
         seconds=20,
@@ -209,8 +221,8 @@ SUITES = {
         programs=(Program("densenet_bc_10_4", epochs=1, seeds=2),),
     ),
 }  # fmt: skip
-"""``quick`` takes about five minutes on two cores, ``peers`` fifteen, ``training`` half an hour, ``full`` hours;
-``smoke`` only shows that all parts run."""
+"""``quick`` takes about five minutes on two cores, ``sizes`` too, ``peers`` fifteen, ``training`` half an hour and
+``full`` hours; ``smoke`` only shows that all parts run."""
 
 
 def default_dtypes(device: str) -> tuple[str, ...]:

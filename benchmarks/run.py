@@ -88,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=SUITES,
         default="quick",
         help="quick: against naive, about five minutes on two cores (default); peers: DenseNet-121 beside "
-        "torch.compile, OpenVINO, ONNX Runtime, timm, MONAI; scaling: depth, batch, resolution; full: hours",
+        "torch.compile, OpenVINO, ONNX Runtime, timm, MONAI; sizes: other networks and resolutions beside OpenVINO; "
+        "scaling: depth, batch, resolution; full: hours",
     )
     parser.add_argument("--device", default=default_device(), help="cpu or cuda (default: the GPU if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32, and bf16 on a GPU", **several)

@@ -57,7 +57,10 @@ def features(*shape):
 @every_dimension
 def test_block(dims, mode, kwargs):
     torch.manual_seed(0)
-    block = fastdense.FastDenseBlock(3, 3, **{"bn_size": 2, "growth_rate": 2, **kwargs}, spatial_dims=dims).double()
+    layers = 3 if dims < 3 else 2  # of volumes, a third as many finite differences
+    block = fastdense.FastDenseBlock(
+        layers, 3, **{"bn_size": 2, "growth_rate": 2, **kwargs}, spatial_dims=dims
+    ).double()
     set_mode(block, mode)
     assert_gradients(block, features(2, 3, *(3, 4, 2)[:dims]))
 

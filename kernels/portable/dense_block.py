@@ -295,7 +295,7 @@ def dense_block_backward(
             if uses_batch and norms_at_once(hidden, acc, narrow, group):
                 deque(halves, maxlen=0)
                 dhidden, s1, s2 = norm_backward(da, hidden, norm2)
-                dys = (chunk.of(dhidden) for chunk in parts)
+                dys: Iterable[Tensor] = (chunk.of(dhidden) for chunk in parts)
             else:
                 s1, s2 = add_up([norm_sums(part, x, norm2, chunk) for chunk, x, part in halves])
                 own = Correction.of(norm2, s1, s2, count, group) if uses_batch else None
