@@ -29,7 +29,6 @@ class Network:
     size: int
     batch_cpu: int = 4
     batch_gpu: int = 64
-    parity_size: int = 32
     arguments: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
@@ -51,7 +50,9 @@ class Network:
         return list(images.photographs(self.size, PARITY_BATCHES * batch).chunk(PARITY_BATCHES))
 
     def parity_inputs(self, dtype: torch.dtype) -> list[Tensor]:
-        return list(images.photographs(self.parity_size, 2 * PARITY_BATCHES).chunk(PARITY_BATCHES))
+        """Small, but not so small that the last maps of an ImageNet network are one pixel: their norms, of two values
+        each, would have gradients that are nothing but rounding."""
+        return list(images.photographs(min(self.size, 64), 2 * PARITY_BATCHES).chunk(PARITY_BATCHES))
 
     def calibration(self) -> Tensor:
         return images.photographs(self.size, _CALIBRATION_IMAGES)
@@ -102,7 +103,7 @@ DENSENET121_BLOCKS = (
     Block("denseblock3", 14, 256, 24),
     Block("denseblock4", 7, 512, 16),
 )
-DENSENET121 = Network("densenet121", 224, parity_size=64)
+DENSENET121 = Network("densenet121", 224)
 CIFAR_NETWORKS = (
     Network("densenet_bc_100_12", 32, batch_cpu=8, batch_gpu=256),
     Network("densenet_40_12", 32, batch_cpu=8, batch_gpu=256),
