@@ -167,13 +167,14 @@ _PROGRAMS = (
 SUITES = {
     "quick": Suite(
         meetings=tuple(Meeting(subject, modes) for subject in SUBJECTS for modes in (TRAINING, INFERENCE)),
-        seconds=2,
+        seconds=1.5,
+        fewest_rounds=7,
         memory=((DENSENET121, 8),),
-        depths=(40, 100, 190, 250),
-        batches=(2, 4, 8, 16),
-        sizes=(64, 112, 160, 224),
+        depths=(40, 70, 100, 160),
+        batches=(1, 2, 4, 8),
+        sizes=(64, 96, 128, 192),
         roofline=((DENSENET121, 4),),
-        programs=(Program("densenet_bc_22_24", epochs=5, seeds=1),),
+        programs=(Program("densenet_bc_22_24", epochs=4, seeds=1),),
     ),
     "peers": Suite(meetings=_PEERS, seconds=10, fewest_rounds=6, memory_of_meetings=True),
     "sizes": Suite(
