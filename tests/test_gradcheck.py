@@ -58,9 +58,8 @@ def features(*shape):
 def test_block(dims, mode, kwargs):
     torch.manual_seed(0)
     layers = 3 if dims < 3 else 2  # of volumes, a third as many finite differences
-    block = fastdense.FastDenseBlock(
-        layers, 3, **{"bn_size": 2, "growth_rate": 2, **kwargs}, spatial_dims=dims
-    ).double()
+    options = {"bn_size": 2, "growth_rate": 2, "spatial_dims": dims, **kwargs}
+    block = fastdense.FastDenseBlock(layers, 3, **options).double()
     set_mode(block, mode)
     assert_gradients(block, features(2, 3, *(3, 4, 2)[:dims]))
 

@@ -178,7 +178,7 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
 
     widths = [c0] + [layers.growth_rate] * layers.num_layers
     written = [tensor.split(widths, -1) for tensor in (shared, *stats)]  # by who writes: the input, layer 0, ...
-    first, *first_in_stats = (parts[0] for parts in written)
+    first, *first_in_stats = (pieces[0] for pieces in written)
     first.copy_(rows(x))
     if share_stats:
         _store(first_in_stats, channel_stats(x), group)
@@ -197,7 +197,7 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
                 group.merge(hidden_stats)
             bottleneck_stats.append(hidden_stats)
             source, norm = hidden, layers.norm2(layer, hidden_stats)
-        new, *new_in_stats = (parts[layer + 1] for parts in written)
+        new, *new_in_stats = (pieces[layer + 1] for pieces in written)
         _, new_stats = block.growth(layer, affine(norm, block.acc)).forward(source, parts, share_stats, out=new)
         _store(new_in_stats, new_stats, group)
 
@@ -274,7 +274,7 @@ def dense_block_backward(
 
     def true_gradient(writer: int) -> Tensor:
         """G + P + Q * (x - mean) of the channels of one writer, [M, k]."""
-        g, x, *vectors = (parts[writer] for parts in written)
+        g, x, *vectors = (pieces[writer] for pieces in written)
         part = Correction(*vectors) if use_batch else None
         if part and group:
             group.add_up(part.p, part.q)
