@@ -10,7 +10,7 @@ import contextlib
 import importlib.util
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -104,6 +104,11 @@ def kernels(name: str) -> ModuleType:
     if module is None:
         raise ValueError(f"no kernels for backend {name!r}; there are {', '.join(_available())}")
     return importlib.import_module(module)
+
+
+def preparation(name: str, op: str) -> Callable[..., Any] | None:
+    """What makes a function of x alone of an op's other arguments, in a backend that has such a thing."""
+    return getattr(kernels(name), "PREPARED", {}).get(op)
 
 
 def select(device: torch.device, dtype: torch.dtype, spatial_dims: int = 2) -> str:

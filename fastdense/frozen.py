@@ -88,10 +88,10 @@ class Frozen(nn.Module):
 
     def _prepare(self, x: Tensor, backend: str, **options: Any) -> Callable[[Tensor], Tensor]:
         """A function of tensors like x, which a backend may have more ready than its op is."""
-        make = getattr(backends.kernels(backend), "PREPARED", {}).get(self.op)
-        if make is None:
+        prepare = backends.preparation(backend, self.op)
+        if prepare is None:
             return lambda x: self._run(x, backend=backend, **options)
-        return make(*self._arguments(), x_dtype=x.dtype, **options)
+        return prepare(*self._arguments(), x_dtype=x.dtype, **options)
 
     def _arguments(self) -> tuple[Any, ...]:
         leaves = [self._buffers.get(f"tensor{i}", leaf) for i, leaf in enumerate(self._plain)]

@@ -102,7 +102,7 @@ def dense_block(
 
     Source: DenseNet (arXiv 1608.06993), section 3; batch statistics per channel, not per norm.
     """
-    _check_layers("dense_block", x, layers)
+    check_layers("dense_block", x, layers)
     lists, options = _flattened(layers)
     return DenseBlockOutput(
         *torch.ops.fastdense.dense_block(
@@ -113,7 +113,7 @@ def dense_block(
 
 def dense_block_inference(x: Tensor, layers: DenseLayers, *, dtype: torch.dtype, backend: str) -> Tensor:
     """A dense block whose norms all use running statistics, without autograd. Shapes as in :func:`dense_block`."""
-    _check_layers("dense_block_inference", x, layers)
+    check_layers("dense_block_inference", x, layers)
     uses_batch = any(layers.norm1_batch_stats) or any(layers.norm2_batch_stats)
     _check(not uses_batch, "dense_block_inference: every norm must use running statistics")
     lists, options = _flattened(layers)
@@ -157,6 +157,15 @@ def head(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
     return torch.ops.fastdense.head(x, *norm[:4], **_options(norm), backend=backend)
 
 
+def are_observed() -> bool:
+    """Whether ops are seen, or replaced, by a dispatch mode, a tracer or a profiler."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
+
+
 def _flattened(layers: DenseLayers) -> tuple[list[list[Tensor]], dict[str, Any]]:
     """The ops' positional and keyword arguments."""
     return list(layers[: len(_LIST_FIELDS)]), dict(zip(_PLAIN_FIELDS, layers[len(_LIST_FIELDS) :], strict=True))
@@ -186,7 +195,12 @@ def _check_norm(op: str, x: Tensor, norm: Norm) -> None:
         )
 
 
-def _check_layers(op: str, x: Tensor, layers: DenseLayers) -> None:
+def check_layers(op: str, x: Tensor, layers: DenseLayers) -> None:
+    """That x and the parameters fit each other, as every op on a block checks it.
+
+    Raises:
+        ValueError: they do not.
+    """
     _check_spatial(op, x)
     _check(layers.num_layers > 0, f"{op}: needs at least one layer")
     k, width, channels = layers.growth_rate, layers.bottleneck_channels, x.shape[1]

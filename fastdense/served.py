@@ -15,6 +15,9 @@ from .layouts import BlockLayout, TransitionLayout
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 """The norms that the ops compute."""
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module has those of its forward."""
+
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 """The convolutions that they compute."""
 
@@ -27,18 +30,13 @@ def parameter(module: nn.Module, name: str) -> Any:
 
 def hooked(module: nn.Module) -> str | None:
     """What would be bypassed if the module's forward were not called through ``__call__``."""
-    return own_hooks(module) or _global_hooks()
+    return own_hooks(module) or global_hooks()
 
 
 def own_hooks(module: nn.Module) -> str | None:
     """The same, of the module itself."""
     state = module.__dict__
-    if (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-    ):
+    if any(state[name] for name in HOOKS):
         return "it has hooks"
     if "forward" in state:
         return "its forward was replaced"
@@ -62,12 +60,12 @@ def obstacle_in(module: nn.Module, layout: BlockLayout | TransitionLayout) -> st
             return f"{name}: {reason}"
     if len({DIMS[kind] for kind in map(type, module._modules.values()) if kind in DIMS}) > 1:
         return "its children have different spatial dimensions"
-    return _global_hooks()
+    return global_hooks()
 
 
 def unusual(module: nn.Module) -> str | None:
     """Why the ops would not reproduce a stock module of a DenseNet, or ``None``."""
-    return _unlike_stock(module) or _global_hooks()
+    return _unlike_stock(module) or global_hooks()
 
 
 def _unlike_stock(module: nn.Module) -> str | None:
@@ -153,7 +151,7 @@ def carries_relu(norm: nn.Module) -> bool:
     return type(norm) in _NORM_ACTS
 
 
-def _global_hooks() -> str | None:
+def global_hooks() -> str | None:
     """What would be bypassed of every module."""
     if (
         nn_module._global_forward_hooks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from ctypes import Array, Structure, addressof, c_float, c_void_p, sizeof
 from typing import Any
@@ -80,6 +82,7 @@ class Norms:
             dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         if dtype not in DTYPES:
             dtype = torch.float32
+        self._given = list(itertools.chain.from_iterable(columns))
         self._columns = [
             [v if v.dtype == dtype and v.is_contiguous() else v.to(dtype).contiguous() for v in vectors]
             for vectors in columns
@@ -87,6 +90,16 @@ class Norms:
         self.dtype = DTYPES[dtype]
         addresses = [[vector.data_ptr() for vector in vectors] for vectors in self._columns]
         self.array = (NormArgs * len(eps))(*map(NormArgs, *addresses, eps))
+
+    def places(self) -> list[tuple[object, ...]] | None:
+        """Where the vectors are now; ``None`` where the pointers point to copies.
+
+        While it stays the same the pointers are good, whatever is written to the vectors.
+        """
+        read = itertools.chain.from_iterable(self._columns)
+        if not all(map(operator.is_, self._given, read)):
+            return None
+        return [(v.data_ptr(), v.numel(), v.dtype, v.is_contiguous()) for v in self._given]
 
     @staticmethod
     def of(norms: Sequence[Norm], dtype: torch.dtype | None = None) -> Norms:

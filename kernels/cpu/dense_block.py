@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -24,9 +26,10 @@ class PreparedBlock:
     """A block at given statistics, ready to be called with x of ``x_dtype``: weights packed, arguments gathered."""
 
     def __init__(self, layers: DenseLayers, x_dtype: torch.dtype, dtype: torch.dtype):
-        self._library, self._channels = loaded(), layers.output_channels
+        self._library, self._channels, self._dtype = loaded(), layers.output_channels, dtype
         self._store = torch.promote_types(x_dtype, dtype)
-        self._weights = packed(self._library, layers.conv1_weight + layers.conv2_weight, dtype)
+        self._weights = layers.conv1_weight + layers.conv2_weight
+        self._packed = packed(self._library, self._weights, dtype)
         self._norms = Norms(
             layers.norm1_weight + layers.norm2_weight,
             layers.norm1_bias + layers.norm2_bias,
@@ -34,8 +37,9 @@ class PreparedBlock:
             layers.norm1_running_var + layers.norm2_running_var,
             layers.norm1_eps + layers.norm2_eps,
         )
+        self._places = self._norms.places()
         conv3_depth, conv3_height, _ = taps(layers.growth_weight[0])
-        first, second = self._weights[: layers.num_layers], self._weights[layers.num_layers :]
+        first, second = self._packed[: layers.num_layers], self._packed[layers.num_layers :]
         self._args = DenseBlockArgs(
             **_widths(layers),
             norm1=self._norms.array,
@@ -48,6 +52,12 @@ class PreparedBlock:
             compute=DTYPES[dtype],
             norm_dtype=self._norms.dtype,
         )
+
+    def is_current(self) -> bool:
+        """Whether another one of the same tensors, with what they contain now and where they are, would be the same."""
+        if self._places is None or self._norms.places() != self._places:
+            return False
+        return all(map(operator.is_, packed(self._library, self._weights, self._dtype), self._packed))
 
     def __call__(self, x: Tensor) -> Tensor:
         """X alone, [N, C_L, *spatial]; from any thread."""

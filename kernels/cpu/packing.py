@@ -56,5 +56,6 @@ def _dense(weight: Tensor) -> Tensor:
     """The weight itself where its bytes are in one piece and of a dtype that C++ reads, else a copy."""
     if weight.dtype not in DTYPES:
         weight = weight.float()
-    dense = weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()
+    by_pixels = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim(), torch.contiguous_format)
+    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=by_pixels)
     return weight if dense else weight.contiguous()

@@ -202,7 +202,7 @@ const void* pack_in_parallel(const Weight& weight, const Team& team, Buffer& mem
 // step is a bijection of the state and of the word, so the change of one word is never missed, and any other
 // with a chance of 2^-32 for each state that it touches.
 inline uint64_t fingerprint(const void* data, int64_t bytes) {
-  constexpr int kStates = 64;
+  constexpr int kStates = 64, kAhead = 2048;
   uint32_t state[kStates];
   for (int i = 0; i < kStates; ++i) state[i] = 0x9e3779b9u * (i + 1);
   const auto step = [&](const uint32_t* words) {
@@ -213,6 +213,7 @@ inline uint64_t fingerprint(const void* data, int64_t bytes) {
   };
   const auto* p = static_cast<const unsigned char*>(data);
   for (; bytes >= int64_t{sizeof(state)}; bytes -= sizeof(state), p += sizeof(state)) {
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(p + kAhead + 64 * line, 0, 0);  // past the caches
     uint32_t words[kStates];
     std::memcpy(words, p, sizeof(words));
     step(words);

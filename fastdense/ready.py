@@ -1,0 +1,93 @@
+"""A dense block's inference, made ready once: what its layers are is not read anew while none of it was exchanged.
+
+Reading a block means to look at every attribute of hundreds of modules that could make its forward another one. That
+they are still the very objects that were read is told in a fraction of the time. What their tensors contain, and where
+their memory is, may change without that: it is the backend that looks at it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, ops
+from .served import HOOKS
+
+if TYPE_CHECKING:
+    from .modules import FusedBlock
+
+
+class Snapshot:
+    """The modules below one, their classes, attributes, parameters, buffers and children, and that they have no hooks.
+
+    It does not see what happens inside of an attribute, such as a list.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._children = module._modules
+        self._modules = [below for below in module.modules() if below is not module]
+        self._classes = [type(below) for below in self._modules]
+        states = [below.__dict__ for below in self._modules]
+        contents = [state[name] for state in states for name in ("_parameters", "_buffers", "_modules")]
+        self._dicts: list[dict[str, Any]] = [self._children, *states, *contents]
+        self._values = list(itertools.chain.from_iterable(map(dict.values, self._dicts)))
+        self._hooks = [state[name] for state in states for name in HOOKS]
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether every object is still in its place; of ``module`` itself, not of a copy."""
+        return (
+            self._children is module._modules
+            and list(map(type, self._modules)) == self._classes
+            and not any(self._hooks)
+            and sum(map(len, self._dicts)) == len(self._values)
+            and all(map(operator.is_, itertools.chain.from_iterable(map(dict.values, self._dicts)), self._values))
+        )
+
+
+class Ready:
+    """What a block in evaluation computes with, and keeps as its ``_ready``. Copied or pickled with it, it is ``None``.
+
+    Attributes:
+        layers: ``None`` where the block's output depends on more than tensors of PyTorch's own.
+        first: the first layer's norm and convolution, for what stock PyTorch would say of an input.
+    """
+
+    def __init__(self, block: FusedBlock):
+        self._snapshot = Snapshot(block)  # before the reading, which is void if anything changes meanwhile
+        layers = block.inference_layers()
+        self.first = block.dense_layers()[0][:2] if layers else ()
+        self._tensors = list(itertools.chain.from_iterable(layers[:10])) if layers else []
+        plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in self._tensors)
+        self.layers = layers if plain else None
+        self._prepared: dict[tuple[object, ...], Any] = {}
+
+    @staticmethod
+    def of(block: FusedBlock) -> Ready:
+        """The block's as it is now: the one it has, where that still stands."""
+        ready = block.__dict__.get("_ready")
+        if ready is None or not ready._snapshot.holds(block):
+            ready = block.__dict__["_ready"] = Ready(block)
+        return ready
+
+    def needs_grad(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in self._tensors))
+
+    def run(self, x: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+        """What :func:`fastdense.ops.dense_block_inference` makes of x."""
+        assert self.layers is not None
+        layers, prepare = self.layers, backends.preparation(backend, "dense_block_inference")
+        if prepare is None or ops.are_observed():
+            return ops.dense_block_inference(x, layers, dtype=dtype, backend=backend)
+        key = x.dtype, dtype, backend
+        prepared = self._prepared.get(key)
+        if prepared is None or not prepared.is_current():
+            ops.check_layers("dense_block_inference", x, layers)
+            prepared = self._prepared[key] = prepare(layers, x_dtype=x.dtype, dtype=dtype)
+        return prepared(x)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
