@@ -46,7 +46,7 @@ tune: $(INSTALLED)  ## on a GPU: write its kernels/tuned/<gpu>.json
 	$(BIN)/python -m fastdense.benchmarks.tune
 
 test: $(INSTALLED)  ## everything that can run on this machine
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -170,7 +170,7 @@ def test_report_is_one_page_that_holds_everything(smoke: Path) -> None:
     text = page.read_text()
     assert text.count('src="data:image/png;base64,') == 5
     assert "http" not in text, "it opens without a network"
-    for part in ("denseblock4", "ONNX Runtime", "test accuracy", torch.__version__):
+    for part in ("denseblock4", "OpenVINO", "test accuracy", torch.__version__):
         assert part in text
     assert re.search(r'<td class="(green|red|default) right">\d', text), "ratios keep their colours"
     assert report.main([str(smoke / "missing.json")]) == 1

@@ -357,12 +357,12 @@ def _until(condition: Callable[[], bool], seconds: float = 120) -> None:
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """With SyncBatchNorm: the same images, augmentations and unequal last batch; DDP and FSDP2."""
-    options = ("--arch", "densenet_bc_10_4", "--epochs", "2", "--batch", "255", "--no-nesterov", "--lr", "0.01")
+    options = ("--arch", "densenet_bc_10_4", "--epochs", "1", "--batch", "255", "--no-nesterov", "--lr", "0.01")
     Started(*options, "--output", str(tmp_path / "one")).wait()
     Started(*options, "--sync-bn", "--output", str(tmp_path / "ddp"), ranks=2).wait()
     Started(*options, "--sync-bn", "--fsdp", "--output", str(tmp_path / "fsdp"), ranks=2).wait()
     expected = losses(tmp_path / "one")
-    assert len(expected) == 12
+    assert len(expected) == 6
     for name in ("ddp", "fsdp"):
         assert losses(tmp_path / name) == pytest.approx(expected, rel=2e-3), name
         assert weights(tmp_path / name).keys() == weights(tmp_path / "one").keys()
