@@ -63,11 +63,11 @@ def _cast(dtype: torch.dtype, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[An
 
 def _block(block: FusedBlock, dtype: torch.dtype | None) -> Frozen | None:
     """Frozen, or ``None`` where it has to stay as it is."""
-    layers = None if hooked(block) else block.inference_layers()
-    if layers is None:
+    arguments = None if hooked(block) else block.inference_arguments()
+    if arguments is None:
         return None
-    weight = layers.conv1_weight[0]
-    return Frozen("dense_block_inference", (layers,), weight, weight.dim(), dtype, block.new_channels)
+    weight = arguments[0].conv1_weight[0]
+    return Frozen(block.inference_op, arguments, weight, weight.dim(), dtype, block.new_channels)
 
 
 def _freeze_others(features: nn.Sequential, dtype: torch.dtype | None) -> None:
@@ -75,9 +75,11 @@ def _freeze_others(features: nn.Sequential, dtype: torch.dtype | None) -> None:
     stages = list(features.named_children())
     for i, (name, stage) in enumerate(stages):
         if isinstance(stage, FusedTransition):
-            parts = stage.inference_parts()
-            if parts is not None and not hooked(stage):
-                features.add_module(name, Frozen("transition", parts, parts[1], parts[1].dim(), dtype))
+            arguments = None if hooked(stage) else stage.inference_arguments()
+            if arguments is not None:
+                features.add_module(
+                    name, Frozen(stage.inference_op, arguments, arguments[1], arguments[1].dim(), dtype)
+                )
         size = stem_tail_size(stages[i:])
         if size:
             names, modules = zip(*stages[i : i + size], strict=True)

@@ -57,12 +57,46 @@ class Layer(NamedTuple):
         return self.conv1 if self.conv2 is None else self.conv2
 
 
-class FusedBlock(nn.Module):
+class Fused(nn.Module):
+    """What dense blocks and transitions share: in evaluation they read what they are made of once.
+
+    Attributes:
+        inference_op: of :mod:`fastdense.ops`, that computes them at running statistics.
+    """
+
+    inference_op: str
+
+    def inference_arguments(self) -> tuple[Any, ...] | None:
+        """In evaluation, the op's arguments after x; ``None`` where the output depends on more than these."""
+        raise NotImplementedError
+
+    def first_parts(self) -> tuple[BatchNorm, Conv]:
+        """The first norm and convolution."""
+        raise NotImplementedError
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """In evaluation without autograd the output, by what an earlier call has made ready; else ``None``."""
+        if torch.compiler.is_compiling() or type(x) is not Tensor or global_hooks():
+            return None
+        if self.training:
+            self.__dict__.pop("_ready", None)  # it would keep parameters alive
+            return None
+        ready = Ready.of(self)
+        if ready.arguments is None or ready.needs_grad(x):
+            return None
+        backend = _fast_backend(self, x)
+        if backend is None or not _stock_computes(x, *ready.first) or x.shape[1] != ready.channels:
+            return None
+        return ready.run(x, _conv_dtype(x, parameter(ready.first[1], "weight")), backend)
+
+
+class FusedBlock(Fused):
     """A dense block over one shared buffer. Goes before the class of an implementation, whose forward is its fallback.
 
     Shapes: [N, C_0, *spatial] in any strides -> [N, C_0 + L*k, *spatial], dense with channels innermost, not a view.
     """
 
+    inference_op = "dense_block_inference"
     _layout: BlockLayout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,22 +146,6 @@ class FusedBlock(nn.Module):
             out, stats = self._returned(out, stats, first, channels)
         return out, stats
 
-    def _at_once(self, x: Tensor) -> Tensor | None:
-        """In evaluation without autograd the output, by what an earlier call has made ready; else ``None``."""
-        if torch.compiler.is_compiling() or type(x) is not Tensor or global_hooks():
-            return None
-        if self.training:
-            self.__dict__.pop("_ready", None)  # it would keep parameters alive
-            return None
-        ready = Ready.of(self)
-        layers = ready.layers
-        if layers is None or ready.needs_grad(x):
-            return None
-        backend = _fast_backend(self, x)
-        if backend is None or not _stock_computes(x, *ready.first) or x.shape[1] != layers.input_channels:
-            return None
-        return ready.run(x, _conv_dtype(x, layers.conv1_weight[0]), backend)
-
     def dense_layers(self) -> list[Layer]:
         """In the order of the forward."""
         layout = self._layout
@@ -160,15 +178,17 @@ class FusedBlock(nn.Module):
         names = _child(self, self._layout.layers)._modules
         return {name: layer.growth_conv.out_channels for name, layer in zip(names, self.dense_layers(), strict=True)}
 
-    def inference_layers(self) -> DenseLayers | None:
-        """In evaluation, all that its output depends on besides x; ``None`` where it depends on more."""
+    def inference_arguments(self) -> tuple[DenseLayers] | None:
         modules = self._read()
         if isinstance(modules, str) or self._layout.new_first or self._layout.only_new:
             return None
         layers = self._gather(modules, parameter(modules[0].conv1, "weight"), False)
         uses_batch = any(layers.norm1_batch_stats) or any(layers.norm2_batch_stats)
         has_biases = any(parameter(layer.conv1, "bias") is not None for layer in modules)
-        return None if uses_batch or has_biases or layers.growth_mask else layers
+        return None if uses_batch or has_biases or layers.growth_mask else (layers,)
+
+    def first_parts(self) -> tuple[BatchNorm, Conv]:
+        return self.dense_layers()[0][:2]
 
     def _gather(self, layers: list[Layer], x: Tensor, channels_last: bool) -> DenseLayers:
         """The layers' parameters, and the dropout masks in the order and layout of the fallback."""
@@ -342,12 +362,13 @@ class FastDenseBlock(FusedBlock, reference.DenseBlock):
         return layouts.PLAIN if getattr(first, "has_bottleneck", True) is False else layouts.BOTTLENECK
 
 
-class FusedTransition(nn.Module):
+class FusedTransition(Fused):
     """A transition in one pass, pooling before it multiplies. Goes before the class of an implementation.
 
     Shapes: [N, C, *spatial] in any strides -> [N, C', *(size // 2)], dense with channels innermost.
     """
 
+    inference_op = "transition"
     _layout: TransitionLayout
 
     def forward(self, x: Tensor, stats: BatchStats | None = None, channels_last: bool = True) -> Tensor:
@@ -355,11 +376,13 @@ class FusedTransition(nn.Module):
 
         ``channels_last``: the features of the fallback would have that layout, on which its dropout depends.
         """
+        out = self._at_once(x) if isinstance(x, Tensor) and min(x.shape[2:], default=0) > 1 else None
+        if out is not None:
+            return out
         backend = _fast_backend(self, x, self._obstacle())
         if backend is None:
             return super().forward(x)  # type: ignore[misc]  # of the class that this one goes before
-        parts: dict[str, Any] = self._modules
-        norm, conv = parts[self._layout.norm], parts[self._layout.conv]
+        norm, conv = self.first_parts()
         if not _stock_computes(x, norm, conv):
             return super().forward(x)  # type: ignore[misc]
         if self._drops():
@@ -367,11 +390,16 @@ class FusedTransition(nn.Module):
         dtype = _conv_dtype(x, conv.weight)
         return ops.transition(x, norm_for(norm, x, stats, backend), conv.weight, dtype=dtype, backend=backend)
 
-    def inference_parts(self) -> tuple[Norm, Tensor] | None:
-        """In evaluation, its norm and weight as the op takes them; ``None`` where the op would not compute it."""
-        norm, conv = (cast(Any, self._modules[name]) for name in (self._layout.norm, self._layout.conv))
-        running = None if self._obstacle() else running_norm(norm)
+    def inference_arguments(self) -> tuple[Norm, Tensor] | None:
+        if self._obstacle() or self._drops():
+            return None
+        norm, conv = self.first_parts()
+        running = running_norm(norm)
         return None if running is None else (running, parameter(conv, "weight"))
+
+    def first_parts(self) -> tuple[BatchNorm, Conv]:
+        parts: dict[str, Any] = self._modules
+        return parts[self._layout.norm], parts[self._layout.conv]
 
     def _drops(self) -> bool:
         drop: Any = self._modules.get(self._layout.dropout)

@@ -102,7 +102,7 @@ def dense_block(
 
     Source: DenseNet (arXiv 1608.06993), section 3; batch statistics per channel, not per norm.
     """
-    check_layers("dense_block", x, layers)
+    _check_layers("dense_block", x, layers)
     lists, options = _flattened(layers)
     return DenseBlockOutput(
         *torch.ops.fastdense.dense_block(
@@ -113,7 +113,7 @@ def dense_block(
 
 def dense_block_inference(x: Tensor, layers: DenseLayers, *, dtype: torch.dtype, backend: str) -> Tensor:
     """A dense block whose norms all use running statistics, without autograd. Shapes as in :func:`dense_block`."""
-    check_layers("dense_block_inference", x, layers)
+    _check_layers("dense_block_inference", x, layers)
     uses_batch = any(layers.norm1_batch_stats) or any(layers.norm2_batch_stats)
     _check(not uses_batch, "dense_block_inference: every norm must use running statistics")
     lists, options = _flattened(layers)
@@ -128,14 +128,7 @@ def transition(x: Tensor, norm: Norm, conv_weight: Tensor, *, dtype: torch.dtype
     Raises:
         ValueError: shapes that do not fit each other, or an image smaller than the pool.
     """
-    _check_norm("transition", x, norm)
-    kernel = (x.shape[1], *[1] * (x.dim() - 2))
-    _check(
-        conv_weight.shape[1:] == kernel,
-        f"transition: conv_weight must be [C', {', '.join(map(str, kernel))}], got shape %s",
-        conv_weight.shape,
-    )
-    _check(min(x.shape[2:]) > 1, "transition: spatial dimensions must be at least 2, got shape %s", x.shape)
+    _check_transition(x, norm, conv_weight)
     return torch.ops.fastdense.transition(x, *norm[:4], conv_weight, **_options(norm), dtype=dtype, backend=backend)
 
 
@@ -155,6 +148,18 @@ def head(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
     """
     _check_norm("head", x, norm)
     return torch.ops.fastdense.head(x, *norm[:4], **_options(norm), backend=backend)
+
+
+def check(op: str, x: Tensor, *arguments: Any) -> None:
+    """That the arguments of a block's or transition's op fit each other, as it checks them itself.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if op == "transition":
+        _check_transition(x, *arguments)
+    else:
+        _check_layers(op, x, *arguments)
 
 
 def are_observed() -> bool:
@@ -195,12 +200,18 @@ def _check_norm(op: str, x: Tensor, norm: Norm) -> None:
         )
 
 
-def check_layers(op: str, x: Tensor, layers: DenseLayers) -> None:
-    """That x and the parameters fit each other, as every op on a block checks it.
+def _check_transition(x: Tensor, norm: Norm, conv_weight: Tensor) -> None:
+    _check_norm("transition", x, norm)
+    kernel = (x.shape[1], *[1] * (x.dim() - 2))
+    _check(
+        conv_weight.shape[1:] == kernel,
+        f"transition: conv_weight must be [C', {', '.join(map(str, kernel))}], got shape %s",
+        conv_weight.shape,
+    )
+    _check(min(x.shape[2:]) > 1, "transition: spatial dimensions must be at least 2, got shape %s", x.shape)
 
-    Raises:
-        ValueError: they do not.
-    """
+
+def _check_layers(op: str, x: Tensor, layers: DenseLayers) -> None:
     _check_spatial(op, x)
     _check(layers.num_layers > 0, f"{op}: needs at least one layer")
     k, width, channels = layers.growth_rate, layers.bottleneck_channels, x.shape[1]

@@ -57,11 +57,12 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()
     if actual.shape != exact.shape:
         raise ValueError(f"shapes differ: {list(actual.shape)} and {list(exact.shape)}")
-    finite = exact.isfinite()
-    if not torch.equal(actual[~finite].nan_to_num(), exact[~finite].nan_to_num()):
-        return math.inf
-    error = torch.linalg.vector_norm((actual - exact)[finite]).item()
-    scale = torch.linalg.vector_norm(exact[finite]).item()
+    error, scale = (torch.linalg.vector_norm(values).item() for values in (actual - exact, exact))
+    if not math.isfinite(error):
+        finite = exact.isfinite()
+        if not torch.equal(actual[~finite].nan_to_num(), exact[~finite].nan_to_num()):
+            return math.inf
+        error, scale = (torch.linalg.vector_norm(values[finite]).item() for values in (actual - exact, exact))
     error = error / scale if scale > 0 else error
     return math.inf if math.isnan(error) else error
 

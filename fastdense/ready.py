@@ -1,4 +1,4 @@
-"""A dense block's inference, made ready once: what its layers are is not read anew while none of it was exchanged.
+"""Inference made ready once: what a block or transition is made of is not read anew while none of it was exchanged.
 
 Reading a block means to look at every attribute of hundreds of modules that could make its forward another one. That
 they are still the very objects that were read is told in a fraction of the time. What their tensors contain, and where
@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from . import backends, ops
-from .served import HOOKS
+from .served import HOOKS, parameter
 
 if TYPE_CHECKING:
-    from .modules import FusedBlock
+    from .modules import Fused
 
 
 class Snapshot:
@@ -49,44 +50,47 @@ class Snapshot:
 
 
 class Ready:
-    """What a block in evaluation computes with, and keeps as its ``_ready``. Copied or pickled with it, it is ``None``.
+    """What a module in evaluation computes with and keeps as its ``_ready``. Copied or pickled with it, it is ``None``.
 
     Attributes:
-        layers: ``None`` where the block's output depends on more than tensors of PyTorch's own.
-        first: the first layer's norm and convolution, for what stock PyTorch would say of an input.
+        arguments: the op's, after x; ``None`` where the output depends on more, or on tensors not of PyTorch itself.
+        channels: of x.
+        first: the first norm and convolution, for what stock PyTorch would say of an input.
     """
 
-    def __init__(self, block: FusedBlock):
-        self._snapshot = Snapshot(block)  # before the reading, which is void if anything changes meanwhile
-        layers = block.inference_layers()
-        self.first = block.dense_layers()[0][:2] if layers else ()
-        self._tensors = list(itertools.chain.from_iterable(layers[:10])) if layers else []
-        plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in self._tensors)
-        self.layers = layers if plain else None
+    def __init__(self, module: Fused):
+        self._snapshot = Snapshot(module)  # before the reading, which is void if anything changes meanwhile
+        self._op, self.arguments = module.inference_op, module.inference_arguments()
+        self._tensors = [leaf for leaf in pytree.tree_leaves(self.arguments) if isinstance(leaf, Tensor)]
+        if not all(type(tensor) in (Tensor, nn.Parameter) for tensor in self._tensors):
+            self.arguments = None
+        if self.arguments is not None:
+            self.first = module.first_parts()
+            self.channels = parameter(self.first[1], "weight").shape[1]
         self._prepared: dict[tuple[object, ...], Any] = {}
 
     @staticmethod
-    def of(block: FusedBlock) -> Ready:
-        """The block's as it is now: the one it has, where that still stands."""
-        ready = block.__dict__.get("_ready")
-        if ready is None or not ready._snapshot.holds(block):
-            ready = block.__dict__["_ready"] = Ready(block)
+    def of(module: Fused) -> Ready:
+        """The module's as it is now: the one it has, where that still stands."""
+        ready = module.__dict__.get("_ready")
+        if ready is None or not ready._snapshot.holds(module):
+            ready = module.__dict__["_ready"] = Ready(module)
         return ready
 
     def needs_grad(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in self._tensors))
 
     def run(self, x: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-        """What :func:`fastdense.ops.dense_block_inference` makes of x."""
-        assert self.layers is not None
-        layers, prepare = self.layers, backends.preparation(backend, "dense_block_inference")
+        """What the op makes of x."""
+        assert self.arguments is not None
+        prepare = backends.preparation(backend, self._op)
         if prepare is None or ops.are_observed():
-            return ops.dense_block_inference(x, layers, dtype=dtype, backend=backend)
+            return getattr(ops, self._op)(x, *self.arguments, dtype=dtype, backend=backend)
         key = x.dtype, dtype, backend
         prepared = self._prepared.get(key)
         if prepared is None or not prepared.is_current():
-            ops.check_layers("dense_block_inference", x, layers)
-            prepared = self._prepared[key] = prepare(layers, x_dtype=x.dtype, dtype=dtype)
+            ops.check(self._op, x, *self.arguments)
+            prepared = self._prepared[key] = prepare(*self.arguments, x_dtype=x.dtype, dtype=dtype)
         return prepared(x)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -231,7 +231,8 @@ def test_stem_tail_and_head(kernels, shape, precision, twins, randn, check):
 @each_kernel
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_network(kernels, precision, twins, randn, check):
-    check(twins("net", num_classes=10), [randn(2, 3, 64, 80, seed=seed) for seed in range(3)], precision)
+    pair = twins("net", block_config=(2, 3, 4, 3), num_classes=10)
+    check(pair, [randn(2, 3, 96, 80, seed=seed) for seed in range(3)], precision)
 
 
 @each_kernel
@@ -252,7 +253,7 @@ any_layer = dict(growth=st.sampled_from([1, 12, 31, 32, 33, 48]), bn_size=st.sam
 @given(
     channels=st.integers(1, 70),
     **any_layer,
-    shape=st.tuples(st.integers(1, 5), st.integers(1, 57), st.integers(2, 57)),
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 41), st.integers(2, 41)),
     precision=st.sampled_from(sorted(PRECISIONS)),
 )
 def test_any_shape(kernels, channels, growth, bn_size, shape, precision, train, twins, randn, check):
@@ -292,7 +293,7 @@ LAYER_OPTIONS = {
 
 @each_kernel
 @pytest.mark.parametrize("frozen", [None, "norm1", "norm2", "denselayer2"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "autocast bf16"])
 @pytest.mark.parametrize("options", LAYER_OPTIONS)
 def test_training_options(kernels, options, precision, frozen, twins, randn, assert_parity):
     """Dropout, recomputation, and norms of which some use running statistics."""

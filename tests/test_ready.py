@@ -1,4 +1,4 @@
-"""What a block has made ready for inference is used as long as it is right, and no longer."""
+"""What a block or transition has made ready for inference is used as long as it is right, and no longer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdense
-from fastdense import FastDenseBlock, backends
+from fastdense import FastDenseBlock, FastTransition, backends
+from fastdense.modules import Fused
 from fastdense.ready import Ready, Snapshot
 
 
@@ -29,6 +30,12 @@ def block(request: pytest.FixtureRequest, twins: Any) -> FastDenseBlock:
         pytest.skip(backends._REGISTRY[request.param].note)
     with fastdense.use_backend(request.param):
         yield twins("block", 3, 8, bn_size=2, growth_rate=4)[0].eval()
+
+
+@pytest.fixture
+def transition(block: FastDenseBlock, twins: Any) -> FastTransition:
+    """On the same backends."""
+    return twins("transition", 8, 5, drop_rate=0.5)[0].eval()
 
 
 @pytest.fixture
@@ -48,14 +55,14 @@ def warm(block: nn.Module, x: Tensor) -> Tensor:
 def afresh(block: nn.Module, x: Tensor) -> Tensor:
     """The output of a forward that reads everything anew."""
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FastDenseBlock, "_at_once", lambda block, x: None)
+        patch.setattr(Fused, "_at_once", lambda block, x: None)
         return block(x)
 
 
 def test_read_once(block: FastDenseBlock, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     warm(block, x)
     ready = block._ready
-    for name in ("_read", "_gather", "dense_layers", "inference_layers"):
+    for name in ("_read", "_gather", "dense_layers", "inference_arguments"):
         monkeypatch.setattr(FastDenseBlock, name, None)
     warm(block, x)
     assert block._ready is ready
@@ -224,6 +231,89 @@ def test_a_change_is_seen_at_once(block: FastDenseBlock, x: Tensor, change: Call
         after = block(x)
     assert torch.equal(after, afresh(block, x))
     assert after.shape != before.shape or not torch.equal(after, before)
+
+
+def weight(transition: Any) -> None:
+    transition.conv.weight.data[0, 0] += 1
+
+
+def weight_moved(transition: Any) -> None:
+    transition.conv.weight.data = transition.conv.weight.data * 2
+
+
+def norm(transition: Any) -> None:
+    transition.norm.running_mean += 1
+
+
+def norm_moved(transition: Any) -> None:
+    transition.norm.bias.data = transition.norm.bias.data + 1
+
+
+def norm_of_its_batch(transition: Any) -> None:
+    transition.norm.train()
+
+
+def convolution_replaced(transition: Any) -> None:
+    torch.manual_seed(1)
+    transition.conv = nn.Conv2d(8, 7, 1, bias=False)
+
+
+def with_a_bias(transition: Any) -> None:
+    transition.conv.bias = nn.Parameter(torch.ones(5))
+
+
+def hooked(transition: Any) -> None:
+    transition.relu.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def another_pool(transition: Any) -> None:
+    transition.pool = nn.MaxPool2d(2)
+
+
+@pytest.mark.filterwarnings("ignore::fastdense.FallbackWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        weight,
+        weight_moved,
+        norm,
+        norm_moved,
+        norm_of_its_batch,
+        convolution_replaced,
+        with_a_bias,
+        hooked,
+        another_pool,
+    ],
+)
+def test_a_change_of_a_transition_is_seen_at_once(
+    transition: FastTransition, x: Tensor, change: Callable[[Any], None]
+) -> None:
+    before = warm(transition, x)
+    ready = transition._ready
+    warm(transition, x)
+    assert transition._ready is ready
+    change(transition)
+    with torch.inference_mode():
+        after = transition(x)
+    assert torch.equal(after, afresh(transition, x))
+    assert after.shape != before.shape or not torch.equal(after, before)
+
+
+def test_a_transition_that_drops(transition: FastTransition, x: Tensor) -> None:
+    warm(transition, x)
+    transition.drop.train()
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        dropped = transition(x)
+        torch.manual_seed(0)
+        assert torch.equal(fastdense.to_reference(transition)(x), dropped)
+    assert (dropped == 0).any()
+
+
+def test_a_transition_of_one_pixel_is_an_error(transition: FastTransition, x: Tensor) -> None:
+    warm(transition, x)
+    with torch.inference_mode(), pytest.raises(ValueError, match="spatial dimensions must be at least 2"):
+        transition(x[..., :1])
 
 
 def test_global_hooks_fire(block: FastDenseBlock, x: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 from ..layouts import BlockLayout, TransitionLayout
-from ..modules import FusedBlock, FusedTransition
+from ..modules import Fused, FusedBlock, FusedTransition
 from ..served import serve_norm_act
 from .structure import Unread
 
@@ -52,7 +52,8 @@ def make_fused(module: nn.Module, layout: Layout) -> None:
         Unread: the module has something of a name that our classes need.
     """
     base = FusedBlock if isinstance(layout, BlockLayout) else FusedTransition
-    ours = {name for kind in (Converted, base) for name in vars(kind) if not name.startswith("__")} - {"forward"}
+    kinds = (Converted, Fused, base)
+    ours = {name for kind in kinds for name in vars(kind) if not name.startswith("__")} - {"forward"}
     for name in sorted(ours):
         if hasattr(module, name):
             raise Unread(f"it has a {name} of its own")

@@ -36,8 +36,9 @@ class PreparedTransition:
     """A transition at given statistics, ready to be called with x of ``x_dtype``."""
 
     def __init__(self, norm: Norm, weight: Tensor, x_dtype: torch.dtype, dtype: torch.dtype):
-        self._library, self._dtypes = loaded(), (x_dtype, dtype)
+        self._library, self._dtypes, self._weight = loaded(), (x_dtype, dtype), weight
         self._norms, self._conv = Norms.of([norm]), packed(self._library, [weight], dtype)
+        self._places = self._norms.places()
         self._args = TransitionArgs(
             channels=weight.shape[1],
             out_channels=weight.shape[0],
@@ -47,6 +48,12 @@ class PreparedTransition:
             compute=DTYPES[dtype],
             norm_dtype=self._norms.dtype,
         )
+
+    def is_current(self) -> bool:
+        """As :meth:`.dense_block.PreparedBlock.is_current`."""
+        if self._places is None or self._norms.places() != self._places:
+            return False
+        return packed(self._library, [self._weight], self._dtypes[1])[0] is self._conv[0]
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, C, *spatial] -> [N, C', *(size // 2)]; from any thread."""
