@@ -36,7 +36,8 @@ def hooked(module: nn.Module) -> str | None:
 def own_hooks(module: nn.Module) -> str | None:
     """The same, of the module itself."""
     state = module.__dict__
-    if any(state[name] for name in HOOKS):
+    forward, forward_pre, backward, backward_pre = HOOKS  # one by one, which is quicker than a loop
+    if state[forward] or state[forward_pre] or state[backward] or state[backward_pre]:
         return "it has hooks"
     if "forward" in state:
         return "its forward was replaced"
