@@ -510,6 +510,8 @@ def _stock_computes(x: Tensor, norm: BatchNorm, conv: Conv | None = None) -> boo
     if weight is not None and (weight.dtype == torch.float64 if autocast_dtype(x) else x.dtype != weight.dtype):
         return False
     vector = norm.weight if norm.weight is not None else norm.running_mean
+    if any(tensor is not None and tensor.device != x.device for tensor in (weight, vector)):
+        return False
     half = x.dtype in (torch.bfloat16, torch.float16)
     return vector is None or vector.dtype == x.dtype or (half and vector.dtype == torch.float32)
 

@@ -53,7 +53,8 @@ class Ready:
     """What a module in evaluation computes with and keeps as its ``_ready``. Copied or pickled with it, it is ``None``.
 
     Attributes:
-        arguments: the op's, after x; ``None`` where the output depends on more, or on tensors not of PyTorch itself.
+        arguments: the op's, after x; ``None`` where the output depends on more, or on tensors not of PyTorch itself or
+            on several devices.
         channels: of x.
         first: the first norm and convolution, for what stock PyTorch would say of an input.
     """
@@ -62,7 +63,8 @@ class Ready:
         self._snapshot = Snapshot(module)  # before the reading, which is void if anything changes meanwhile
         self._op, self.arguments = module.inference_op, module.inference_arguments()
         self._tensors = [leaf for leaf in pytree.tree_leaves(self.arguments) if isinstance(leaf, Tensor)]
-        if not all(type(tensor) in (Tensor, nn.Parameter) for tensor in self._tensors):
+        plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in self._tensors)
+        if not plain or len({tensor.device for tensor in self._tensors}) > 1:
             self.arguments = None
         if self.arguments is not None:
             self.first = module.first_parts()

@@ -355,6 +355,20 @@ def test_inputs_of_every_kind(block: FastDenseBlock, randn: Any) -> None:
         assert block(randn(0, 8, 6, 5)).shape == (0, 20, 6, 5)
 
 
+def test_parameters_on_another_device_are_pytorchs_error(
+    block: FastDenseBlock, transition: FastTransition, x: Tensor
+) -> None:
+    for module in (block, transition):
+        warm(module, x)
+        module.to("meta")
+        with torch.inference_mode():
+            with pytest.raises(RuntimeError) as ours:
+                module(x)
+            with pytest.raises(RuntimeError) as theirs:
+                fastdense.to_reference(module)(x)
+        assert str(ours.value) == str(theirs.value)
+
+
 def test_another_backend(block: FastDenseBlock, x: Tensor) -> None:
     out = warm(block, x)
     with fastdense.use_backend("reference"):
