@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import Tensor
 
@@ -19,45 +17,36 @@ from ..group import join
 from ..portable.batch_norm import cast, laid_out_as, zero_stats
 from .arguments import Norms, Shares, Weights, extents, loaded, pixels, pointers, run_on, taps
 from .library import DTYPES, DenseBlockArgs, TrainingArgs, TrainingLayerArgs
-from .packing import packed
+from .packing import Prepared
 
 
-class PreparedBlock:
+class PreparedBlock(Prepared):
     """A block at given statistics, ready to be called with x of ``x_dtype``: weights packed, arguments gathered."""
 
     def __init__(self, layers: DenseLayers, x_dtype: torch.dtype, dtype: torch.dtype):
-        self._library, self._channels, self._dtype = loaded(), layers.output_channels, dtype
-        self._store = torch.promote_types(x_dtype, dtype)
-        self._weights = layers.conv1_weight + layers.conv2_weight
-        self._packed = packed(self._library, self._weights, dtype)
-        self._norms = Norms(
+        norms = Norms(
             layers.norm1_weight + layers.norm2_weight,
             layers.norm1_bias + layers.norm2_bias,
             layers.norm1_running_mean + layers.norm2_running_mean,
             layers.norm1_running_var + layers.norm2_running_var,
             layers.norm1_eps + layers.norm2_eps,
         )
-        self._places = self._norms.places()
+        super().__init__(norms, layers.conv1_weight + layers.conv2_weight, dtype)
+        self._channels, self._store = layers.output_channels, torch.promote_types(x_dtype, dtype)
         conv3_depth, conv3_height, _ = taps(layers.growth_weight[0])
         first, second = self._packed[: layers.num_layers], self._packed[layers.num_layers :]
         self._args = DenseBlockArgs(
             **_widths(layers),
-            norm1=self._norms.array,
-            norm2=self._norms.array_from(layers.num_layers),
+            norm1=norms.array,
+            norm2=norms.array_from(layers.num_layers),
             conv1=pointers(first if second else []),
             conv3=pointers(second or first),
             conv3_depth=conv3_depth,
             conv3_height=conv3_height,
             store=DTYPES[self._store],
             compute=DTYPES[dtype],
-            norm_dtype=self._norms.dtype,
+            norm_dtype=norms.dtype,
         )
-
-    def is_current(self) -> bool:
-        """Whether another one of the same tensors, with what they contain now and where they are, would be the same."""
-        if self._places is None or self._norms.places() != self._places:
-            return False
-        return all(map(operator.is_, packed(self._library, self._weights, self._dtype), self._packed))
 
     def __call__(self, x: Tensor) -> Tensor:
         """X alone, [N, C_L, *spatial]; from any thread."""

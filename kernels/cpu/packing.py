@@ -7,13 +7,14 @@ at the speed of memory. Version counters and addresses would miss writes through
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .arguments import Weights
+from .arguments import Norms, Weights, loaded
 from .library import DTYPES, Library
 
 
@@ -59,3 +60,17 @@ def _dense(weight: Tensor) -> Tensor:
     by_pixels = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim(), torch.contiguous_format)
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=by_pixels)
     return weight if dense else weight.contiguous()
+
+
+class Prepared:
+    """What a kernel at given statistics reads of a module: norms where they are, weights packed for ``dtype``."""
+
+    def __init__(self, norms: Norms, weights: list[Tensor], dtype: torch.dtype):
+        self._library, self._norms, self._weights, self._dtype = loaded(), norms, weights, dtype
+        self._places, self._packed = norms.places(), packed(self._library, weights, dtype)
+
+    def is_current(self) -> bool:
+        """Whether another one of the same tensors, with what they contain now and where they are, would be the same."""
+        if self._places is None or self._norms.places() != self._places:
+            return False
+        return all(map(operator.is_, packed(self._library, self._weights, self._dtype), self._packed))

@@ -10,7 +10,7 @@ from ..group import join
 from ..portable.batch_norm import cast, laid_out_as
 from .arguments import Norms, Shares, Weights, extents, loaded, pixels, run_on
 from .library import DTYPES, PointwiseGradArgs, PoolArgs, StatsArgs, TransitionArgs
-from .packing import packed
+from .packing import Prepared
 
 
 def channel_stats(x: Tensor) -> ChannelStats:
@@ -32,34 +32,27 @@ def channel_stats(x: Tensor) -> ChannelStats:
     return stats
 
 
-class PreparedTransition:
+class PreparedTransition(Prepared):
     """A transition at given statistics, ready to be called with x of ``x_dtype``."""
 
     def __init__(self, norm: Norm, weight: Tensor, x_dtype: torch.dtype, dtype: torch.dtype):
-        self._library, self._dtypes, self._weight = loaded(), (x_dtype, dtype), weight
-        self._norms, self._conv = Norms.of([norm]), packed(self._library, [weight], dtype)
-        self._places = self._norms.places()
+        super().__init__(Norms.of([norm]), [weight], dtype)
+        self._x_dtype = x_dtype
         self._args = TransitionArgs(
             channels=weight.shape[1],
             out_channels=weight.shape[0],
             norm=self._norms.array[0],
-            conv=self._conv[0].data_ptr(),
+            conv=self._packed[0].data_ptr(),
             store=DTYPES[x_dtype],
             compute=DTYPES[dtype],
             norm_dtype=self._norms.dtype,
         )
 
-    def is_current(self) -> bool:
-        """As :meth:`.dense_block.PreparedBlock.is_current`."""
-        if self._places is None or self._norms.places() != self._places:
-            return False
-        return packed(self._library, [self._weight], self._dtypes[1])[0] is self._conv[0]
-
     def __call__(self, x: Tensor) -> Tensor:
         """[N, C, *spatial] -> [N, C', *(size // 2)]; from any thread."""
         shape = (len(x), self._args.out_channels, *(size // 2 for size in x.shape[2:]))
-        out = empty_channels_last(shape, self._dtypes[1], x.device)
-        run_on(self._library, "transition", self._args, pixels(x, self._dtypes[0]), out)
+        out = empty_channels_last(shape, self._dtype, x.device)
+        run_on(self._library, "transition", self._args, pixels(x, self._x_dtype), out)
         return out
 
 
