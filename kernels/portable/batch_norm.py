@@ -43,7 +43,7 @@ def images(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 def prefix(x: Tensor, channels: int) -> Tensor:
     """The first channels of [M, C] or [C]."""
-    return x.as_strided((*x.shape[:-1], channels), x.stride())
+    return x.narrow(-1, 0, channels)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,15 +100,21 @@ def affines(norms: list[Norm], dtype: torch.dtype) -> list[Affine]:
 
 def affine(norm: Norm, dtype: torch.dtype) -> Affine:
     """The vectors of one BatchNorm."""
-    weight, bias, mean, var = (cast(vector, dtype) for vector in norm[:4])
+    weight, bias = cast(norm.weight, dtype), cast(norm.bias, dtype)
+    mean, var = cast(norm.mean, dtype), cast(norm.var, dtype)
     rstd = var.add(norm.eps).rsqrt_()
     scale = weight * rstd
     return Affine(weight, scale, torch.addcmul(bias, mean, scale, value=-1), mean, rstd)
 
 
-def affine_relu(x: Tensor, vectors: Affine, out: Tensor | None = None) -> Tensor:
+def affine_map(x: Tensor, vectors: Affine, out: Tensor) -> Tensor:
+    """scale * x + shift of [M, C], in the dtype of the vectors."""
+    return torch.addcmul(vectors.shift, cast(x, vectors.scale.dtype), vectors.scale, out=out)
+
+
+def affine_relu(x: Tensor, vectors: Affine, out: Tensor) -> Tensor:
     """relu(scale * x + shift) of [M, C], in the dtype of the vectors. NaN propagates."""
-    return torch.addcmul(vectors.shift, cast(x, vectors.scale.dtype), vectors.scale, out=out).clamp_min_(0)
+    return affine_map(x, vectors, out).clamp_min_(0)
 
 
 def _as_norms_see(x: Tensor, chunk: Chunk) -> Tensor:
@@ -141,7 +147,7 @@ def zero_stats(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     return ChannelStats(*zeros)
 
 
-def merge_stats(stats: list[ChannelStats], parts: list[Chunk]) -> ChannelStats:
+def merge_stats(stats: list[ChannelStats], parts: Sequence[Chunk]) -> ChannelStats:
     """Statistics of the whole from those of its parts, in the order given (Chan's formula)."""
     if len(stats) == 1:
         return stats[0]
@@ -163,14 +169,14 @@ def norm_sums(da: Tensor, x: Tensor, vectors: Affine, chunk: Chunk) -> tuple[Ten
     return s1, s2
 
 
-def norms_at_once(x: Tensor, acc: torch.dtype, parts: list[Chunk], group: Group | None) -> bool:
+def norms_at_once(x: Tensor, acc: torch.dtype, parts: Sequence[Chunk], group: Group | None) -> bool:
     """Whether :func:`norm_backward` serves x [M, C], cut into ``parts``."""
     return x.dtype == acc and x.is_contiguous() and parts[0].is_of_images and group is None
 
 
 def norm_backward(da: Tensor, x: Tensor, vectors: Affine) -> tuple[Tensor, Tensor, Tensor]:
     """dx [M, C], s1 and s2 of a norm with the statistics of its batch, which is all of da and x, dense [M, C]."""
-    dx, s1, s2 = _native_backward(images(da, (1, len(da), 1)), images(x, (1, len(x), 1)), vectors, need_x=True)
+    dx, s1, s2 = _native_backward(images(da, (1, da.shape[0], 1)), images(x, (1, x.shape[0], 1)), vectors, need_x=True)
     return rows(dx), s1, s2
 
 
@@ -216,9 +222,9 @@ class Correction(NamedTuple):
 
     def add(self, norm: Affine, s1: Tensor, s2: Tensor, count: int) -> None:
         """Of one more norm, of a batch of ``count`` pixels, that reads the first of these channels."""
-        p, q = (prefix(vector, len(s1)) for vector in (self.p, self.q))
-        p.addcmul_(norm.scale, s1, value=-1 / count)
-        q.addcmul_(norm.scale * norm.rstd, s2, value=-1 / count)
+        channels = s1.shape[0]
+        self.p[:channels].addcmul_(norm.scale, s1, value=-1 / count)
+        self.q[:channels].addcmul_(norm.scale * norm.rstd, s2, value=-1 / count)
 
 
 def input_gradient(
@@ -231,17 +237,17 @@ def input_gradient(
     return torch.addcmul(through.p, centred, through.q, out=centred).addcmul_(da, scale)
 
 
-def norm_relu(x: Tensor, norm: Norm) -> Iterator[tuple[Chunk, Tensor]]:
-    """BatchNorm and ReLU of [N, C, *spatial], chunk by chunk in channels-last memory: z, good until the next."""
+def normed(x: Tensor, norm: Norm) -> Iterator[tuple[Chunk, Tensor]]:
+    """BatchNorm of [N, C, *spatial], chunk by chunk in channels-last memory: a, to write to, good until the next."""
     source, vectors = rows(x), affine(norm, accumulator_dtype(x.dtype))
     scratch = Scratch(vectors.scale.dtype, x.device)
     for chunk in chunks(x.shape, x.device):
-        z = affine_relu(chunk.of(source), vectors, scratch("z", chunk.pixels, x.shape[1]))
-        yield chunk, images(z, chunk.shape)
+        a = affine_map(chunk.of(source), vectors, scratch("a", chunk.pixels, x.shape[1]))
+        yield chunk, images(a, chunk.shape)
 
 
-def norm_relu_backward(dz: Callable[[Chunk, Tensor], Tensor], x: Tensor, norm: Norm) -> NormGrads:
-    """Gradients of ``z = relu(norm(x))`` of [N, C, *spatial], given the gradient ``dz(chunk, z)`` of each chunk's z.
+def normed_backward(write_da: Callable[[Chunk, Tensor, Tensor], None], x: Tensor, norm: Norm) -> NormGrads:
+    """Gradients of ``a = norm(x)`` of [N, C, *spatial], where ``write_da(chunk, a, da)`` makes that of each chunk's a.
 
     That of x is of its dtype and in channels-last memory.
     """
@@ -254,8 +260,8 @@ def norm_relu_backward(dz: Callable[[Chunk, Tensor], Tensor], x: Tensor, norm: N
     for chunk in parts:
         size = (chunk.pixels, x.shape[1])
         x_chunk = chunk.of(source) if at_once else scratch("x", *size).copy_(chunk.of(source))
-        z = affine_relu(x_chunk, vectors, scratch("z", *size))
-        part = mask_by_relu(rows(dz(chunk, images(z, chunk.shape))), z, out=chunk.of(da))
+        a, part = affine_map(x_chunk, vectors, scratch("a", *size)), chunk.of(da)
+        write_da(chunk, images(a, chunk.shape), images(part, chunk.shape))
         if not at_once:
             sums.append(norm_sums(part, x_chunk, vectors, chunk))
     if at_once:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,11 +21,8 @@ class Chunk(NamedTuple):
 
     images: slice
     rows: slice
+    pixels: int
     shape: tuple[int, ...]  # n, *spatial
-
-    @property
-    def pixels(self) -> int:
-        return self.rows.stop - self.rows.start
 
     @property
     def is_of_images(self) -> bool:
@@ -35,14 +33,17 @@ class Chunk(NamedTuple):
         return x if self.pixels == x.shape[0] else x[self.rows]
 
 
-def chunks(shape: Sequence[int], device: torch.device, size: int = OF_A_PASS) -> list[Chunk]:
+@functools.lru_cache(1024)  # a network has few shapes, and asks for each in every step
+def chunks(shape: tuple[int, ...], device: torch.device, size: int = OF_A_PASS) -> Sequence[Chunk]:
     """Of work whose widest temporary is [N, C, *spatial]: as equal as can be on CPUs, one elsewhere."""
     n, channels, *spatial = shape
     pixels = math.prod(spatial)
     most = max(1, size // (4 * pixels * channels), _ROWS // pixels) if device.type == "cpu" else n
     parts = max(1, -(-n // most))
     bounds = [(i * n // parts, (i + 1) * n // parts) for i in range(parts)]
-    return [Chunk(slice(a, b), slice(a * pixels, b * pixels), (b - a, *spatial)) for a, b in bounds]
+    return tuple(
+        Chunk(slice(a, b), slice(a * pixels, b * pixels), (b - a) * pixels, (b - a, *spatial)) for a, b in bounds
+    )
 
 
 class Scratch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -19,7 +20,7 @@ def conv(z: Tensor, weight: Tensor, shape: Sequence[int], bias: Tensor | None = 
         columns = weight.flatten(1).t()
         return torch.mm(z, columns) if bias is None else torch.addmm(bias, z, columns)
     weight, shape = _planar(weight, shape)
-    ones, zeros, padding = _geometry(weight)
+    ones, zeros, padding = _geometry(weight.shape[2:])
     return rows(torch.convolution(images(z, shape), weight, bias, ones, padding, ones, False, zeros, 1))
 
 
@@ -28,10 +29,10 @@ def conv_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """dz [M, C] and the weight's gradient, from dense dy [M, K] and z."""
     if _is_product(z, weight):
-        dz = torch.mm(dy, weight.flatten(1))  # and z.t() @ dy is quicker than dy.t() @ z
-        return dz, torch.mm(z.t(), dy).t().view(weight.shape) if need_weight else None
+        dweight = torch.mm(dy.t(), z).view(weight.shape) if need_weight else None
+        return torch.mm(dy, weight.flatten(1)), dweight
     kernel, shape = _planar(weight, shape)
-    ones, zeros, padding = _geometry(kernel)
+    ones, zeros, padding = _geometry(kernel.shape[2:])
     dz, dweight, _ = torch.ops.aten.convolution_backward(
         images(dy, shape),
         images(z, shape),
@@ -49,7 +50,7 @@ def conv_backward(
 
 
 def _is_product(z: Tensor, weight: Tensor) -> bool:
-    return weight.shape[-1] == 1 and z.device.type == "cpu" and len(z) <= _FEW
+    return weight.shape[-1] == 1 and z.shape[0] <= _FEW and z.device.type == "cpu"
 
 
 def _planar(weight: Tensor, shape: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
@@ -58,17 +59,15 @@ def _planar(weight: Tensor, shape: Sequence[int]) -> tuple[Tensor, Sequence[int]
     A sequence is an image of one row. A 1x1 convolution does not know its pixels' neighbours, and as one of volumes it
     takes PyTorch twice as long.
     """
-    if weight.dim() == 3:
-        weight = weight.unsqueeze(2)
-    elif weight.dim() == 5 and weight.shape[-1] == 1:
-        weight = weight.squeeze(2)
-    else:
+    dims = weight.dim()
+    if dims == 4 or (dims == 5 and weight.shape[-1] != 1):
         return weight, shape
+    weight = weight.unsqueeze(2) if dims == 3 else weight.squeeze(2)
     n, *spatial = shape
     return weight, (n, math.prod(spatial[:-1]), spatial[-1])
 
 
-def _geometry(weight: Tensor) -> tuple[list[int], list[int], list[int]]:
-    """Ones, zeros and the padding, for each spatial dimension."""
-    dims = weight.dim() - 2
-    return [1] * dims, [0] * dims, [size // 2 for size in weight.shape[2:]]
+@functools.cache
+def _geometry(kernel: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
+    """Ones, zeros and the padding, for each spatial dimension of a kernel."""
+    return [1] * len(kernel), [0] * len(kernel), [size // 2 for size in kernel]

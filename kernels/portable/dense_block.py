@@ -20,8 +20,8 @@ The work is cut into chunks of whole images so that what a pass makes is still i
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -63,35 +63,53 @@ from .chunks import OF_A_BLOCK, Chunk, Scratch, chunks
 from .conv import conv, conv_backward
 
 
+class _Block:
+    """The layers of one call, each split in its halves."""
+
+    def __init__(self, layers: DenseLayers, dtype: torch.dtype):
+        device = layers.conv1_weight[0].device
+        self.dtype, self.acc, self.compute = dtype, accumulator_dtype(dtype), gemm_dtype(dtype, device)
+        self.scratch, self.keep_scale = Scratch(self.acc, device), layers.keep_scale
+        self._conv1, self._conv1_mask = layers.conv1_weight, layers.bottleneck_mask
+        self._growth, self._growth_mask = layers.growth_weight, layers.growth_mask
+
+    def bottleneck(self, layer: int, norm1: Affine) -> _NormReluConv:
+        """norm1-ReLU-conv1x1: prefix of X -> h."""
+        return _NormReluConv(self, norm1, self._conv1[layer], self._conv1_mask[layer] if self._conv1_mask else None)
+
+    def growth(self, layer: int, norm: Affine) -> _NormReluConv:
+        """norm-ReLU-conv3x3: h (or the prefix, without bottlenecks) -> the new channels."""
+        return _NormReluConv(self, norm, self._growth[layer], self._growth_mask[layer] if self._growth_mask else None)
+
+    def input_gradients(
+        self, da: Tensor, norm: Affine, source: Tensor, through: Correction | None, parts: Sequence[Chunk]
+    ) -> Iterator[Tensor]:
+        """Those of a norm, chunk by chunk [m, C], each good until the next."""
+        for chunk in parts:
+            out = self.scratch("dx", chunk.pixels, da.shape[1])
+            yield input_gradient(chunk.of(da), norm.scale, chunk.of(source), through, out)
+
+
 class _NormReluConv:
     """Half a layer, ``conv(relu(norm(source)))`` with 1x1 or padded 3x3, over the rows of a source [M, C]."""
 
-    def __init__(
-        self,
-        vectors: Affine,
-        weight: Tensor,
-        mask: Tensor | None,
-        keep_scale: float,
-        dtype: torch.dtype,
-        scratch: Scratch,
-    ):
-        self.acc, self.vectors, self.scratch = vectors.scale.dtype, vectors, scratch
+    def __init__(self, block: _Block, vectors: Affine, weight: Tensor, mask: Tensor | None):
+        self.block, self.vectors, self.mask = block, vectors, mask
+        self.weight = cast(weight, block.compute)
         self.dweight: Tensor
-        self.dtype, self.compute = dtype, gemm_dtype(dtype, weight.device)
-        self.weight = cast(weight, self.compute)
-        self.mask, self.keep_scale = mask, keep_scale
 
     def forward(
-        self, source: Tensor, parts: list[Chunk], want_stats: bool, out: Tensor | None = None
+        self, source: Tensor, parts: Sequence[Chunk], want_stats: bool, out: Tensor | None = None
     ) -> tuple[Tensor, ChannelStats | None]:
         """The output [M, K], in ``out`` if given, and its statistics, if wanted."""
         stats = []
         if out is None and len(parts) > 1:
-            out = source.new_empty((len(source), len(self.weight)), dtype=self.dtype)
+            out = source.new_empty((source.shape[0], self.weight.shape[0]), dtype=self.block.dtype)
         for chunk in parts:
-            z = self._prologue(chunk.of(source))
-            y = cast(conv(cast(z, self.compute), self.weight, chunk.shape), self.dtype)
-            self._drop(y, chunk)
+            z = self._prologue(chunk.of(source), chunk)
+            y = cast(conv(cast(z, self.block.compute), self.weight, chunk.shape), self.block.dtype)
+            if self.mask is not None:
+                self._drop(y, chunk)
             if out is None:
                 out = y
             else:
@@ -102,65 +120,33 @@ class _NormReluConv:
         return out, merge_stats(stats, parts) if want_stats else None
 
     def backward(
-        self, dys: Iterable[Tensor], source: Tensor, parts: list[Chunk], need_weight: bool, out: Tensor | None = None
+        self, dys: Iterable[Tensor], source: Tensor, parts: Sequence[Chunk], need_weight: bool, out: Tensor | None = None
     ) -> Iterator[tuple[Chunk, Tensor, Tensor]]:
         """Yield each chunk with its x and da [m, C], from its gradient dy [m, K], which it overwrites.
 
         da is gathered in ``out`` [M, C] if given; when all are consumed, ``dweight`` is the weight's gradient.
         """
+        acc, compute = self.block.acc, self.block.compute
         for chunk, dy in zip(parts, dys, strict=True):
             x = chunk.of(source)
-            if x.dtype != self.acc or not x.is_contiguous():
-                x = self.scratch("x", *x.shape).copy_(x)
-            z = self._prologue(x)
-            self._drop(dy, chunk)
-            dz, dweight = conv_backward(
-                cast(dy, self.compute), cast(z, self.compute), self.weight, chunk.shape, need_weight
-            )
+            if x.dtype != acc or not x.is_contiguous():
+                x = self.block.scratch("x", chunk.pixels, x.shape[1]).copy_(x)
+            z = self._prologue(x, chunk)
+            if self.mask is not None:
+                self._drop(dy, chunk)
+            dz, dweight = conv_backward(cast(dy, compute), cast(z, compute), self.weight, chunk.shape, need_weight)
             if dweight is not None:
-                dweight = cast(dweight, self.acc)
+                dweight = cast(dweight, acc)
                 self.dweight = dweight if chunk is parts[0] else self.dweight.add_(dweight)
-            dz = cast(dz, self.acc)
+            dz = cast(dz, acc)
             yield chunk, x, mask_by_relu(dz, z, out=dz if out is None else chunk.of(out))
 
-    def _prologue(self, x: Tensor) -> Tensor:
+    def _prologue(self, x: Tensor, chunk: Chunk) -> Tensor:
         """z [m, C] in the accumulator dtype, good until the next."""
-        return affine_relu(x, self.vectors, self.scratch("z", *x.shape))
+        return affine_relu(x, self.vectors, self.block.scratch("z", chunk.pixels, x.shape[1]))
 
     def _drop(self, y: Tensor, chunk: Chunk) -> None:
-        if self.mask is not None:
-            y.mul_(rows(self.mask[chunk.images])).mul_(self.keep_scale)
-
-
-class _Block:
-    """The layers of one call, each split in its halves."""
-
-    def __init__(self, layers: DenseLayers, dtype: torch.dtype):
-        self.layers, self.dtype = layers, dtype
-        self.acc = accumulator_dtype(dtype)
-        self.scratch = Scratch(self.acc, layers.conv1_weight[0].device)
-
-    def bottleneck(self, layer: int, norm1: Affine) -> _NormReluConv:
-        """norm1-ReLU-conv1x1: prefix of X -> h."""
-        mask = self.layers.bottleneck_mask[layer] if self.layers.bottleneck_mask else None
-        return _NormReluConv(
-            norm1, self.layers.conv1_weight[layer], mask, self.layers.keep_scale, self.dtype, self.scratch
-        )
-
-    def growth(self, layer: int, norm: Affine) -> _NormReluConv:
-        """norm-ReLU-conv3x3: h (or the prefix, without bottlenecks) -> the new channels."""
-        mask = self.layers.growth_mask[layer] if self.layers.growth_mask else None
-        return _NormReluConv(
-            norm, self.layers.growth_weight[layer], mask, self.layers.keep_scale, self.dtype, self.scratch
-        )
-
-    def input_gradients(
-        self, da: Tensor, norm: Affine, source: Tensor, through: Correction | None, parts: list[Chunk]
-    ) -> Iterator[Tensor]:
-        """Those of a norm, chunk by chunk [m, C], each good until the next."""
-        for chunk in parts:
-            out = self.scratch("dx", chunk.pixels, da.shape[1])
-            yield input_gradient(chunk.of(da), norm.scale, chunk.of(source), through, out)
+        y.mul_(rows(self.mask[chunk.images])).mul_(self.block.keep_scale)
 
 
 def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottleneck: bool) -> DenseBlockOutput:
@@ -176,30 +162,32 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
     bottleneck: list[Tensor] = []
     group = join(layers.group, len(shared), x.device)
 
-    widths = [c0] + [layers.growth_rate] * layers.num_layers
-    written = [tensor.split(widths, -1) for tensor in (shared, *stats)]  # by who writes: the input, layer 0, ...
-    first, *first_in_stats = (pieces[0] for pieces in written)
+    has_bottleneck, growth_rate, device = layers.has_bottleneck, layers.growth_rate, x.device
+    widths = [c0] + [growth_rate] * layers.num_layers
+    written = list(zip(*(tensor.split(widths, -1) for tensor in (shared, *stats)), strict=True))  # by x, by layer 0, ...
+    first, *first_stats = written[0]
     first.copy_(rows(x))
     if share_stats:
-        _store(first_in_stats, channel_stats(x), group)
-    for layer in range(layers.num_layers):
-        channels = c0 + layer * layers.growth_rate
-        parts = chunks((n, channels, *spatial), x.device)
+        _store(channel_stats(x), first_stats, group)
+    channels = c0
+    for layer, (new, *new_stats) in enumerate(written[1:]):
+        parts = chunks((n, channels, *spatial), device)
         source, norm = prefix(shared, channels), layers.norm1(layer, stats)
-        if layers.has_bottleneck:
+        if has_bottleneck:
             use_batch = layers.norm2_batch_stats[layer]
             hidden, hidden_stats = block.bottleneck(layer, affine(norm, block.acc)).forward(source, parts, use_batch)
             if save_bottleneck:
                 bottleneck.append(hidden)
             if hidden_stats is None:
-                hidden_stats = zero_stats((layers.bottleneck_channels,), store, x.device)
+                hidden_stats = zero_stats((layers.bottleneck_channels,), store, device)
             elif group is not None:
                 group.merge(hidden_stats)
             bottleneck_stats.append(hidden_stats)
             source, norm = hidden, layers.norm2(layer, hidden_stats)
-        new, *new_in_stats = (pieces[layer + 1] for pieces in written)
-        _, new_stats = block.growth(layer, affine(norm, block.acc)).forward(source, parts, share_stats, out=new)
-        _store(new_in_stats, new_stats, group)
+        _, found = block.growth(layer, affine(norm, block.acc)).forward(source, parts, share_stats, out=new)
+        if found is not None:
+            _store(found, new_stats, group)
+        channels += growth_rate
 
     if not bottleneck_stats:
         return DenseBlockOutput(out, bottleneck, *stats, *zero_stats((layers.num_layers, 0), store, x.device))
@@ -251,7 +239,7 @@ def dense_block_backward(
     block = _Block(layers, dtype)
     shared = rows(output.out)
     acc = accumulator_dtype(shared.dtype)
-    count, device = len(shared), shared.device
+    count, device = shared.shape[0], shared.device
     stats = ChannelStats(output.mean, output.var)
     bottleneck_stats = ChannelStats(output.bottleneck_mean, output.bottleneck_var)
     grad = torch.empty((n, *spatial, channels), dtype=acc, device=device).copy_(grad_out.movedim(1, -1))
@@ -259,8 +247,9 @@ def dense_block_backward(
     use_batch = any(layers.norm1_batch_stats)
     group = join(layers.group, count, device)
     through = Correction.none(stats.mean)  # P and Q
-    widths = [layers.input_channels] + [layers.growth_rate] * layers.num_layers
-    written = [tensor.split(widths, -1) for tensor in (grad, shared, *through)]  # by who wrote: the input, layer 0, ...
+    has_bottleneck, growth_rate, width = layers.has_bottleneck, layers.growth_rate, layers.bottleneck_channels
+    widths = [layers.input_channels] + [growth_rate] * layers.num_layers
+    written = list(zip(*(tensor.split(widths, -1) for tensor in (grad, shared, *through)), strict=True))  # by x, ...
     one = torch.ones((), dtype=acc, device=device)
     first_layer = needs.first_layer()
     norms1 = affines([layers.norm1(layer, stats) for layer in range(layers.num_layers)], acc)
@@ -274,30 +263,32 @@ def dense_block_backward(
 
     def true_gradient(writer: int) -> Tensor:
         """G + P + Q * (x - mean) of the channels of one writer, [M, k]."""
-        g, x, *vectors = (pieces[writer] for pieces in written)
-        part = Correction(*vectors) if use_batch else None
-        if part and group:
-            group.add_up(part.p, part.q)
-        return input_gradient(g, one, x, part)
+        g, x, mean, p, q = written[writer]
+        if group and use_batch:
+            group.add_up(p, q)
+        return input_gradient(g, one, x, Correction(mean, p, q) if use_batch else None)
 
     for layer in reversed(range(first_layer, layers.num_layers)):
-        channels -= layers.growth_rate
+        channels -= growth_rate
         parts = chunks((n, channels, *spatial), device)
         source, norm1 = prefix(shared, channels), norms1[layer]
         dy = true_gradient(layer + 1)
-        if layers.has_bottleneck:
+        if has_bottleneck:
             first = block.bottleneck(layer, norm1)
             hidden = output.bottleneck[layer] if output.bottleneck else first.forward(source, parts, False)[0]
             norm2, uses_batch = norms2[layer], layers.norm2_batch_stats[layer]
-            second, narrow = block.growth(layer, norm2), chunks((n, layers.bottleneck_channels, *spatial), device)
-            da = torch.empty(hidden.shape, dtype=acc, device=device)
-            halves = second.backward((chunk.of(dy) for chunk in narrow), hidden, narrow, needs.conv2[layer], da)
-            if uses_batch and norms_at_once(hidden, acc, narrow, group):
-                deque(halves, maxlen=0)
+            second, narrow = block.growth(layer, norm2), chunks((n, width, *spatial), device)
+            at_once, sums = uses_batch and norms_at_once(hidden, acc, narrow, group), []
+            da = torch.empty(hidden.shape, dtype=acc, device=device) if len(narrow) > 1 else None
+            for chunk, x, part in second.backward(map(Chunk.of, narrow, repeat(dy)), hidden, narrow, needs.conv2[layer], da):
+                if not at_once:
+                    sums.append(norm_sums(part, x, norm2, chunk))
+            da = part if da is None else da
+            if at_once:
                 dhidden, s1, s2 = norm_backward(da, hidden, norm2)
-                dys: Iterable[Tensor] = (chunk.of(dhidden) for chunk in parts)
+                dys: Iterable[Tensor] = map(Chunk.of, parts, repeat(dhidden))
             else:
-                s1, s2 = add_up([norm_sums(part, x, norm2, chunk) for chunk, x, part in halves])
+                s1, s2 = add_up(sums)
                 own = Correction.of(norm2, s1, s2, count, group) if uses_batch else None
                 dys = block.input_gradients(da, norm2, hidden, own, parts)
             dnorm2_weight[layer] = cast(s2, layers.norm2_weight[layer].dtype)
@@ -306,7 +297,7 @@ def dense_block_backward(
                 dconv2_weight[layer] = laid_out_as(second.dweight, layers.conv2_weight[layer])
         else:
             first = block.growth(layer, norm1)
-            dys = (chunk.of(dy) for chunk in parts)
+            dys = map(Chunk.of, parts, repeat(dy))
 
         read, sums = prefix(grad, channels), []
         for chunk, x, da in first.backward(dys, source, parts, needs.conv1[layer]):
@@ -332,13 +323,12 @@ def dense_block_backward(
     )
 
 
-def _store(where: list[Tensor], stats: ChannelStats | None, group: Group | None) -> None:
-    if stats is None:
-        return
+def _store(stats: ChannelStats, where: list[Tensor], group: Group | None) -> None:
     if group is not None:
         group.merge(stats)
-    for vector, values in zip(where, stats, strict=True):
-        vector.copy_(values)
+    mean, var = where
+    mean.copy_(stats.mean)
+    var.copy_(stats.var)
 
 
 def _at(stats: ChannelStats, layer: int) -> ChannelStats:

@@ -10,21 +10,23 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..contract import Norm, NormGrads
-from .batch_norm import norm_relu, norm_relu_backward
+from .batch_norm import mask_by_relu, normed, normed_backward
 from .chunks import Chunk
 
 
 def head(x: Tensor, norm: Norm) -> Tensor:
     """[N, C, *spatial] -> [N, C], of x's dtype."""
     out = x.new_empty(x.shape[:2])
-    for chunk, z in norm_relu(x, norm):
-        out[chunk.images] = z.flatten(2).mean(2)
+    for chunk, a in normed(x, norm):
+        out[chunk.images] = a.clamp_min_(0).flatten(2).mean(2)
     return out
 
 
 def head_backward(grad_out: Tensor, x: Tensor, norm: Norm) -> NormGrads:
-    def dz(chunk: Chunk, z: Tensor) -> Tensor:
-        dout = grad_out[chunk.images].to(z.dtype) / z[0, 0].numel()
-        return dout.view(*dout.shape, *[1] * (z.dim() - 2)).expand_as(z)
+    """Gradients from that of the output."""
 
-    return norm_relu_backward(dz, x, norm)
+    def write_da(chunk: Chunk, a: Tensor, da: Tensor) -> None:
+        dout = grad_out[chunk.images].to(a.dtype) / a[0, 0].numel()
+        mask_by_relu(dout.view(*dout.shape, *[1] * (a.dim() - 2)).expand_as(a), a, out=da)
+
+    return normed_backward(write_da, x, norm)

@@ -17,16 +17,19 @@ def avg_pool(z: Tensor) -> Tensor:
     return pooled.movedim(1, -1).view(len(z), -1, 2, *pooled.shape[2:], z.shape[1]).mean(2).movedim(-1, 1)
 
 
-def avg_pool_backward(dout: Tensor, z: Tensor) -> Tensor:
-    """dz from the gradient of :func:`avg_pool`, dense in channels-last memory."""
+def avg_pool_backward(dout: Tensor, z: Tensor, out: Tensor) -> None:
+    """The gradient of z, dense in channels-last memory, from that of :func:`avg_pool`."""
     if z.dim() == 3:
-        return _avg_pool_backward(dout.unsqueeze(2), z.unsqueeze(2), [1, 2]).squeeze(2)
-    if z.dim() == 4:
-        return _avg_pool_backward(dout, z, [2, 2])
-    dpooled = (dout / 2).movedim(1, -1).repeat_interleave(2, 1).flatten(0, 1).movedim(-1, 1)
-    slices = _avg_pool_backward(dpooled, _slices(z), [2, 2])
-    dz = slices.movedim(1, -1).unflatten(0, (len(z), -1)).movedim(-1, 1)
-    return F.pad(dz, (0, 0, 0, 0, 0, 1)) if z.shape[2] % 2 else dz
+        _avg_pool_backward(dout.unsqueeze(2), z.unsqueeze(2), [1, 2], out.unsqueeze(2))
+    elif z.dim() == 4:
+        _avg_pool_backward(dout, z, [2, 2], out)
+    else:
+        even = z.shape[2] // 2 * 2
+        dpooled = (dout / 2).movedim(1, -1).repeat_interleave(2, 1).flatten(0, 1).movedim(-1, 1)
+        slices = _slices(z)
+        dslices = _avg_pool_backward(dpooled, slices, [2, 2], torch.empty_like(slices))
+        out[:, :, :even] = dslices.movedim(1, -1).unflatten(0, (len(z), -1)).movedim(-1, 1)
+        out[:, :, even:] = 0
 
 
 def _slices(z: Tensor) -> Tensor:
@@ -34,8 +37,9 @@ def _slices(z: Tensor) -> Tensor:
     return z[:, :, : z.shape[2] // 2 * 2].movedim(1, -1).flatten(0, 1).movedim(-1, 1)
 
 
-def _avg_pool_backward(dout: Tensor, z: Tensor, size: list[int]) -> Tensor:
-    return torch.ops.aten.avg_pool2d_backward(dout, z, size, size, [0, 0], False, True, None)
+def _avg_pool_backward(dout: Tensor, z: Tensor, size: list[int], out: Tensor) -> Tensor:
+    backward = torch.ops.aten.avg_pool2d_backward.grad_input
+    return backward(dout, z, size, size, [0, 0], False, True, None, grad_input=out)
 
 
 def max_pool(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,15 +52,15 @@ def max_pool(z: Tensor) -> tuple[Tensor, Tensor]:
     return pool(z, three, two, one)
 
 
-def max_pool_backward(dout: Tensor, z: Tensor, argmax: Tensor) -> Tensor:
-    """dz from the gradient of :func:`max_pool`."""
+def max_pool_backward(dout: Tensor, z: Tensor, argmax: Tensor, out: Tensor) -> None:
+    """The gradient of z, dense in channels-last memory, from that of :func:`max_pool`."""
     if z.dim() == 3:
-        dout, z, argmax = dout.unsqueeze(2), z.unsqueeze(2), argmax.unsqueeze(2)
-        return torch.ops.aten.max_pool2d_with_indices_backward(
-            dout, z, [1, 3], [1, 2], [0, 1], [1, 1], False, argmax
-        ).squeeze(2)
-    pool = torch.ops.aten.max_pool2d_with_indices_backward
+        planar = [tensor.unsqueeze(2) for tensor in (dout, z)]
+        backward, sizes = torch.ops.aten.max_pool2d_with_indices_backward.grad_input, ([1, 3], [1, 2], [0, 1], [1, 1])
+        backward(*planar, *sizes, False, argmax.unsqueeze(2), grad_input=out.unsqueeze(2))
+        return
+    backward = torch.ops.aten.max_pool2d_with_indices_backward.grad_input
     if z.dim() == 5:
-        pool = torch.ops.aten.max_pool3d_with_indices_backward
+        backward = torch.ops.aten.max_pool3d_with_indices_backward.grad_input
     three, two, one = ([size] * (z.dim() - 2) for size in (3, 2, 1))
-    return pool(dout, z, three, two, one, one, False, argmax)
+    backward(dout, z, three, two, one, one, False, argmax, grad_input=out)

@@ -2,17 +2,19 @@
 
 ::
 
-    z = relu(gamma * xhat + beta)        out = maxpool3x3/2(z)
+    a = gamma * xhat + beta        out = maxpool3x3/2(relu(a)) = relu(maxpool3x3/2(a))
 
-Nothing but x is kept: the backward recomputes z and where its maxima are.
+ReLU keeps order, so it comes last, on a quarter of the values: where the maximum of a window is not positive, nothing
+flows back, whichever of its values that was. Nothing but x is kept: the backward makes a again, and where its maxima are.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..contract import Norm, NormGrads, empty_channels_last
-from .batch_norm import images, norm_relu, norm_relu_backward, rows
+from .batch_norm import images, mask_by_relu, normed, normed_backward, rows
 from .chunks import Chunk
 from .pool import max_pool, max_pool_backward
 
@@ -21,15 +23,18 @@ def stem_tail(x: Tensor, norm: Norm) -> Tensor:
     """[N, C, *spatial] -> [N, C, *ceil(size / 2)], of x's dtype."""
     n, c, *spatial = x.shape
     out = empty_channels_last((n, c, *((size + 1) // 2 for size in spatial)), x.dtype, x.device)
-    for chunk, z in norm_relu(x, norm):
-        out[chunk.images] = max_pool(z)[0]
+    for chunk, a in normed(x, norm):
+        torch.clamp(max_pool(a)[0], min=0, out=out[chunk.images])
     return out
 
 
 def stem_tail_backward(grad_out: Tensor, x: Tensor, norm: Norm) -> NormGrads:
-    def dz(chunk: Chunk, z: Tensor) -> Tensor:
-        _, argmax = max_pool(z)
-        dout = grad_out[chunk.images].to(z.dtype)
-        return max_pool_backward(images(rows(dout).contiguous(), (len(dout), *dout.shape[2:])), z, argmax)
+    """Gradients from that of the output."""
 
-    return norm_relu_backward(dz, x, norm)
+    def write_da(chunk: Chunk, a: Tensor, da: Tensor) -> None:
+        maxima, argmax = max_pool(a)
+        dout = rows(grad_out[chunk.images].to(a.dtype))
+        dmaxima = mask_by_relu(dout, rows(maxima), out=torch.empty(dout.shape, dtype=dout.dtype, device=dout.device))
+        max_pool_backward(images(dmaxima, (len(maxima), *maxima.shape[2:])), a, argmax, out=da)
+
+    return normed_backward(write_da, x, norm)

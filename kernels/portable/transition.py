@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Norm, TransitionGrads, empty_channels_last
-from .batch_norm import cast, gemm_dtype, images, laid_out_as, norm_relu, norm_relu_backward, rows
+from .batch_norm import cast, gemm_dtype, images, laid_out_as, mask_by_relu, normed, normed_backward, rows
 from .chunks import Chunk
 from .conv import conv, conv_backward
 from .pool import avg_pool, avg_pool_backward
@@ -27,28 +27,30 @@ def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Ten
     weight = cast(weight, compute)
     shape = [size // 2 for size in spatial]
     out = empty_channels_last((n, len(weight), *shape), dtype, x.device)
-    for chunk, z in norm_relu(x, norm):
-        pooled = rows(cast(avg_pool(z), compute))
-        out[chunk.images] = images(conv(pooled, weight, (len(z), *shape)), (len(z), *shape))
+    for chunk, a in normed(x, norm):
+        pooled = rows(cast(avg_pool(a.clamp_min_(0)), compute))
+        out[chunk.images] = images(conv(pooled, weight, (len(a), *shape)), (len(a), *shape))
     return out
 
 
 def transition_backward(
     grad_out: Tensor, x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype, need_weight: bool
 ) -> TransitionGrads:
+    """Gradients from that of the output, of ``dtype``."""
     compute = gemm_dtype(dtype, x.device)
     weight_ = cast(weight, compute)
     parts: list[Tensor] = []  # the weight's gradient, by chunk
 
-    def dz(chunk: Chunk, z: Tensor) -> Tensor:
-        dy = grad_out[chunk.images]
+    def write_da(chunk: Chunk, a: Tensor, da: Tensor) -> None:
+        dy, z = grad_out[chunk.images], a.clamp_min_(0)
         shape = (len(dy), *dy.shape[2:])
         pooled = rows(cast(avg_pool(z), compute))
         dpooled, dweight = conv_backward(rows(cast(dy, compute)), pooled, weight_, shape, need_weight)
         if dweight is not None:
             parts.append(cast(dweight, z.dtype))
-        return avg_pool_backward(images(cast(dpooled, z.dtype), shape), z)
+        avg_pool_backward(images(cast(dpooled, z.dtype), shape), z, out=da)
+        mask_by_relu(da, z, out=da)
 
-    grads = norm_relu_backward(dz, x, norm)
+    grads = normed_backward(write_da, x, norm)
     dweight = laid_out_as(torch.stack(parts).sum(0), weight) if need_weight else weight.new_empty(0)
     return TransitionGrads(*grads, dweight)
