@@ -28,6 +28,7 @@ from .norms import (
     norm_for,
     norm_lists,
     running_norm,
+    unbiased,
     update_running_stats,
     uses_batch_stats,
 )
@@ -137,7 +138,8 @@ class FusedBlock(Fused):
             out, shared = result.out, ChannelStats(result.mean[first:], result.var[first:])
             if self._layout.new_first:
                 shared = ChannelStats(shared.mean.flip(0), shared.var.flip(0))
-            self._update(modules, shared, ChannelStats(result.bottleneck_mean, result.bottleneck_var), count)
+            if uses_batch:
+                self._update(modules, shared, ChannelStats(result.bottleneck_mean, result.bottleneck_var), count)
             if any(layers.norm1_batch_stats):
                 stats = BatchStats(shared.mean, shared.var, count, layers.group)
         if self._layout.new_first:
@@ -219,17 +221,18 @@ class FusedBlock(Fused):
 
     def _update(self, layers: list[Layer], shared: ChannelStats, bottleneck: ChannelStats, count: int | Tensor) -> None:
         """The running statistics, from the batch's of all features and of each layer's bottleneck."""
-        norms: list[BatchNorm] = []
-        stats: list[ChannelStats] = []
-        for i, layer in enumerate(layers):
-            read = layer.norm1.num_features
-            part = slice(len(shared.mean) - read, None) if self._layout.new_first else slice(read)
-            norms.append(layer.norm1)
-            stats.append(ChannelStats(shared.mean[part], shared.var[part]))
-            if layer.norm2 is not None:
-                norms.append(layer.norm2)
-                stats.append(ChannelStats(bottleneck.mean[i], bottleneck.var[i]))
-        update_running_stats(norms, stats, count)
+        norms1 = [layer.norm1 for layer in layers]
+        norms2 = [layer.norm2 for layer in layers if layer.norm2 is not None]
+        features, new_first = shared.mean.shape[0], self._layout.new_first
+        parts = [slice(features - n, None) if new_first else slice(n) for n in (norm.num_features for norm in norms1)]
+        means, variances = (
+            [vector[part] for part in parts] + list(narrow.unbind()[: len(norms2)])
+            for vector, narrow in (
+                (shared.mean, bottleneck.mean),
+                (unbiased(shared.var, count), unbiased(bottleneck.var, count)),
+            )
+        )
+        update_running_stats(norms1 + norms2, means, variances)
 
     def _returned(
         self, out: Tensor, stats: BatchStats | None, first: int, channels: int

@@ -6,6 +6,7 @@ of several processes (``SyncBatchNorm``) has those of all their batches.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple, cast
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import ops
-from .kernels.contract import ChannelStats, Norm
+from .kernels.contract import Norm
 from .served import BatchNorm, parameter
 
 
@@ -71,7 +72,7 @@ def norm_for(norm: BatchNorm, x: Tensor, stats: BatchStats | None, backend: str)
         count = count_of(x, group)
         mean, var = ops.channel_stats(x, backend=backend, group=group)
         stats = BatchStats(mean, var, count, group)
-    update_running_stats([norm], [ChannelStats(stats.mean, stats.var)], stats.pixels)
+    update_running_stats([norm], [stats.mean], [unbiased(stats.var, stats.pixels)])
     return Norm(*_affine(norm, x), stats.mean, stats.var, norm.eps, True, group)
 
 
@@ -97,36 +98,41 @@ def count_of(x: Tensor, group: str) -> int | Tensor:
     return count
 
 
+def unbiased(var: Tensor, count: int | Tensor) -> Tensor:
+    """The variance that a norm remembers of a batch with ``count`` values per channel."""
+    return var * (count / (count - 1))
+
+
 @torch.no_grad()
-def update_running_stats(norms: Sequence[BatchNorm], stats: Sequence[ChannelStats], count: int | Tensor) -> None:
-    """What each training BatchNorm does with the statistics of its batch of ``count`` values per channel.
+def update_running_stats(norms: Sequence[BatchNorm], means: Sequence[Tensor], variances: Sequence[Tensor]) -> None:
+    """What each training BatchNorm does with the mean and the unbiased variance of its batch.
 
     Nothing when a checkpoint runs the forward again inside a backward: they were updated the first time.
     """
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
         return
-    tracking = [
-        (norm, batch)
-        for norm, batch in zip(norms, stats, strict=True)
-        if norm.training and norm.track_running_stats and norm.running_mean is not None
-    ]
-    if not tracking:
-        return
-    torch._foreach_add_([_buffer(norm, "num_batches_tracked") for norm, _ in tracking], 1)
-    by_momentum = defaultdict(list)
-    for norm, batch in tracking:
-        by_momentum[norm.momentum].append((norm, batch))
+    by_momentum: dict[float | None, list[tuple[dict[str, Tensor | None], Tensor, Tensor]]] = defaultdict(list)
+    for norm, mean, var in zip(norms, means, variances, strict=True):
+        buffers = norm._buffers
+        if norm.training and norm.track_running_stats and buffers["running_mean"] is not None:
+            by_momentum[norm.momentum].append((buffers, mean, var))
     for momentum, group in by_momentum.items():
-        running = [_buffer(norm, name) for name in ("running_mean", "running_var") for norm, _ in group]
-        unbiased = torch._foreach_mul([batch.var for _, batch in group], count / (count - 1))
-        values = [batch.mean for _, batch in group] + list(unbiased)
-        values = [value.to(target.dtype) for value, target in zip(values, running, strict=True)]
+        count, *running = (
+            [cast(Tensor, buffers[name]) for buffers, _, _ in group]
+            for name in ("num_batches_tracked", "running_mean", "running_var")
+        )
+        targets = list(itertools.chain(*running))
+        values = [
+            value if value.dtype == target.dtype else value.to(target.dtype)
+            for value, target in zip(itertools.chain(*list(zip(*group, strict=True))[1:]), targets, strict=True)
+        ]
+        torch._foreach_add_(count, 1)
         if momentum is None:  # the average of all batches so far
-            shares = [_buffer(norm, "num_batches_tracked").double().reciprocal() for norm, _ in group] * 2
-            for target, value, share in zip(running, values, shares, strict=True):
+            shares = [batches.double().reciprocal() for batches in count] * 2
+            for target, value, share in zip(targets, values, shares, strict=True):
                 target.lerp_(value, share.to(target.dtype))
         else:
-            torch._foreach_lerp_(running, values, momentum)
+            torch._foreach_lerp_(targets, values, momentum)
 
 
 def _running_stats(norm: BatchNorm) -> tuple[Tensor, Tensor]:

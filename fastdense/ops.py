@@ -10,13 +10,14 @@ Running statistics are not touched here: ``dense_block`` and ``channel_stats`` r
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import backends
 from .kernels.contract import (
@@ -104,11 +105,10 @@ def dense_block(
     """
     _check_layers("dense_block", x, layers)
     lists, options = _flattened(layers)
-    return DenseBlockOutput(
-        *torch.ops.fastdense.dense_block(
-            x, *lists, **options, dtype=dtype, save_bottleneck=save_bottleneck, backend=backend
-        )
-    )
+    options.update(dtype=dtype, save_bottleneck=save_bottleneck, backend=backend)
+    if not _is_seen(x, *lists):
+        return _dense_block_directly(x, lists, options)
+    return DenseBlockOutput(*torch.ops.fastdense.dense_block(x, *lists, **options))
 
 
 def dense_block_inference(x: Tensor, layers: DenseLayers, *, dtype: torch.dtype, backend: str) -> Tensor:
@@ -163,11 +163,22 @@ def check(op: str, x: Tensor, *arguments: Any) -> None:
 
 
 def are_observed() -> bool:
-    """Whether ops are seen, or replaced, by a dispatch mode, a tracer or a profiler."""
+    """Whether ops are seen, or replaced, by a mode, a tracer or a profiler."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
+    )
+
+
+def _is_seen(x: Tensor, *lists: list[Tensor]) -> bool:
+    """Whether anything could tell an op of these tensors from the call of its implementation."""
+    return (
+        torch.compiler.is_compiling()
+        or are_observed()
+        or x.device.type == "meta"
+        or not set(map(type, itertools.chain([x], *lists))) <= {Tensor, nn.Parameter}
     )
 
 
@@ -241,6 +252,9 @@ def _check_layer(op: str, x: Tensor, layer: int, *expected: tuple[str, Tensor, t
 # -- implementations: hand over to the backend ---------------------------------------------------------------
 
 
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}  # of the ops: their arguments and results
+
+
 def _implement(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register ``function(kernels, first tensor, *rest)`` as the op, outside autocast: ops choose their dtypes."""
 
@@ -254,6 +268,7 @@ def _implement(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             return function(kernels, tensor, *args, **kwargs)
 
         torch.library.impl(f"fastdense::{name}", "default")(run)
+        _IMPLEMENTATIONS[name] = run
         return function
 
     return register
@@ -451,29 +466,33 @@ def _dense_block_context(
 ) -> None:
     x, *lists = inputs
     out, bottleneck, *stats = output
-    ctx.mark_non_differentiable(*bottleneck, *stats)
     ctx.set_materialize_grads(False)
     ctx.options = dict(keyword_only_inputs)
     del ctx.options["save_bottleneck"]
     ctx.x_dtype = x.dtype
     ctx.lengths = [len(tensors) for tensors in (bottleneck, *lists)]
-    ctx.save_for_backward(out, *stats, *(tensor for tensors in (bottleneck, *lists) for tensor in tensors))
+    ctx.save_for_backward(out, *stats, *itertools.chain(bottleneck, *lists))
 
 
-def _dense_block_gradient(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Any, ...]:
-    need_x, *need_lists = ctx.needs_input_grad
+def _pieces(flat: Iterable[Any], lengths: list[int]) -> list[list[Any]]:
+    flat = iter(flat)
+    return [list(itertools.islice(flat, length)) for length in lengths]
+
+
+def _dense_block_gradient(
+    ctx: Any, need_x: bool, need_lists: list[list[bool]], grad_out: Tensor | None, backward: Callable[..., Any]
+) -> tuple[Any, ...]:
+    """Of x and of each list, from what ``_dense_block_context`` kept."""
     result: list[list[Tensor | None]] = [[None] * length for length in ctx.lengths[1:]]
     if grad_out is None:
         return (None, *result)
-    saved = iter(ctx.saved_tensors)
-    out, *stats = itertools.islice(saved, 5)
-    bottleneck, *lists = (list(itertools.islice(saved, length)) for length in ctx.lengths)
+    [out, *stats], bottleneck, *lists = _pieces(ctx.saved_tensors, [5, *ctx.lengths])
     need = dict(zip(_LIST_FIELDS, need_lists, strict=True))
     either = {
         norm: [a or b for a, b in zip(need[f"{norm}_weight"], need[f"{norm}_bias"], strict=True)]
         for norm in ("norm1", "norm2")
     }
-    dx, *gradients = torch.ops.fastdense.dense_block_backward(
+    dx, *gradients = backward(
         grad_out,
         out,
         bottleneck,
@@ -494,7 +513,59 @@ def _dense_block_gradient(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[
     return (dx if need_x else None, *result)
 
 
-torch.library.register_autograd("fastdense::dense_block", _dense_block_gradient, setup_context=_dense_block_context)
+def _dense_block_op_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Any, ...]
+) -> None:
+    _, bottleneck, *stats = output
+    ctx.mark_non_differentiable(*bottleneck, *stats)
+    _dense_block_context(ctx, inputs, keyword_only_inputs, output)
+
+
+def _dense_block_op_gradient(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Any, ...]:
+    need_x, *need_lists = ctx.needs_input_grad
+    return _dense_block_gradient(ctx, need_x, need_lists, grad_out, torch.ops.fastdense.dense_block_backward)
+
+
+torch.library.register_autograd(
+    "fastdense::dense_block", _dense_block_op_gradient, setup_context=_dense_block_op_context
+)
+
+
+class FusedDenseBlock(torch.autograd.Function):
+    """The op and its autograd without the dispatcher, which nothing sees.
+
+    Boxing hundreds of tensors, and flattening and unflattening their lists, takes longer than the kernels of a small
+    block.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, options: dict[str, Any], lengths: list[int], outputs: list[Any], x: Tensor, *flat: Tensor
+    ) -> Tensor:
+        """``lengths``: of the lists in ``flat``; what the op returns goes into ``outputs``."""
+        lists = _pieces(flat, lengths)
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs += _IMPLEMENTATIONS["dense_block"](x, *lists, **options)
+        _dense_block_context(ctx, (x, *lists), options, tuple(outputs))
+        return outputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]  # of one output
+        need_x, *need_flat = ctx.needs_input_grad[3:]
+        need_lists = _pieces(need_flat, ctx.lengths[1:])
+        gradient = functools.partial(_dense_block_gradient, ctx, need_x, need_lists, grad_out)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or are_observed():
+            dx, *lists = gradient(torch.ops.fastdense.dense_block_backward)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                dx, *lists = gradient(_IMPLEMENTATIONS["dense_block_backward"])
+        return (None, None, None, dx, *itertools.chain(*lists))
+
+
+def _dense_block_directly(x: Tensor, lists: list[list[Tensor]], options: dict[str, Any]) -> DenseBlockOutput:
+    outputs: list[Any] = []
+    outputs[0] = FusedDenseBlock.apply(options, list(map(len, lists)), outputs, x, *itertools.chain(*lists))
+    return DenseBlockOutput(*outputs)
 
 
 def _register_norm_autograd(name: str) -> None:

@@ -73,7 +73,7 @@ def test_removing_the_hook_is_fast_again(pair, x):
     with pytest.warns(FallbackWarning):
         fast(x)
     handle.remove()
-    assert type(fast(x).grad_fn).__name__.startswith("GeneratedBackwardFor_fastdense_dense_block")
+    assert is_fast(fast, x)
 
 
 def test_global_hooks_fire(pair, x):
@@ -227,7 +227,7 @@ def test_feature_maps_and_gradients_for_visual_explanations():
 
 
 def is_fast(block, x):
-    return type(block(x).grad_fn).__name__.startswith("GeneratedBackwardFor_fastdense")
+    return type(block(x).grad_fn).__name__ == "FusedDenseBlockBackward"
 
 
 def test_use_backend_nests_and_restores(pair, x):
@@ -305,7 +305,7 @@ def test_input_of_other_dimensions_is_pytorchs_error(dims, randn):
 def test_environment_variable(value, printed):
     program = (
         "import torch, fastdense\n"
-        "try: print('dense_block' in str(fastdense.FastDenseBlock(1, 2, 2, 2)(torch.randn(2, 2, 3, 3)).grad_fn))\n"
+        "try: print('DenseBlock' in str(fastdense.FastDenseBlock(1, 2, 2, 2)(torch.randn(2, 2, 3, 3)).grad_fn))\n"
         "except ValueError as error: print('ValueError:', error)\n"
     )
     environment = os.environ | {"FASTDENSE_BACKEND": value}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import repeat
+
 import torch
 from torch import Tensor
 
 from ..contract import (
-    ChannelStats,
     DenseBlockGrads,
     DenseBlockNeeds,
     DenseBlockOutput,
@@ -143,18 +145,32 @@ def _bottlenecks(like: Tensor, layers: DenseLayers, dtype: torch.dtype, count: i
     return [like.new_empty(shape, dtype=dtype) for _ in range(count if layers.has_bottleneck else 0)]
 
 
+def _used(batch_stats: list[bool], batch: Iterable[Tensor], running: list[Tensor]) -> list[Tensor]:
+    """Of each layer, the batch's vector, of which it may read the first channels alone, or the running one."""
+    return [own if from_batch else kept for from_batch, own, kept in zip(batch_stats, batch, running, strict=False)]
+
+
 class _Training:
     """A training call's arguments; keeps alive what their pointers point to."""
 
     def __init__(self, output: DenseBlockOutput, layers: DenseLayers, dtype: torch.dtype):
         num_layers = layers.num_layers
-        stats = ChannelStats(output.mean, output.var)
-        norm1 = [layers.norm1(i, stats) for i in range(num_layers)]
-        norm2 = [
-            layers.norm2(i, ChannelStats(output.bottleneck_mean[i], output.bottleneck_var[i]))
-            for i in range(len(layers.norm2_weight))
-        ]
-        self._norm1, self._norm2 = Norms.of(norm1, torch.float32), Norms.of(norm2, torch.float32)
+        self._norm1 = Norms(
+            layers.norm1_weight,
+            layers.norm1_bias,
+            _used(layers.norm1_batch_stats, repeat(output.mean), layers.norm1_running_mean),
+            _used(layers.norm1_batch_stats, repeat(output.var), layers.norm1_running_var),
+            layers.norm1_eps,
+            torch.float32,
+        )
+        self._norm2 = Norms(
+            layers.norm2_weight,
+            layers.norm2_bias,
+            _used(layers.norm2_batch_stats, output.bottleneck_mean.unbind(), layers.norm2_running_mean),
+            _used(layers.norm2_batch_stats, output.bottleneck_var.unbind(), layers.norm2_running_var),
+            layers.norm2_eps,
+            torch.float32,
+        )
         self._conv1, self._conv3 = Weights(layers.conv1_weight), Weights(layers.growth_weight)
         self._masks = [
             [mask.movedim(1, -1).contiguous() for mask in masks]
@@ -164,10 +180,10 @@ class _Training:
         self._shares = Shares(join(layers.group, output.out.numel() // layers.output_channels, output.out.device))
         self._layers = (TrainingLayerArgs * num_layers)()
         for i, args in enumerate(self._layers):
-            args.norm1, args.batch1 = self._norm1.array[i], norm1[i].batch_stats
+            args.norm1, args.batch1 = self._norm1.array[i], layers.norm1_batch_stats[i]
             args.conv1, args.conv3 = self._conv1.array[i], self._conv3.array[i]
             if layers.has_bottleneck:
-                args.norm2, args.batch2 = self._norm2.array[i], norm2[i].batch_stats
+                args.norm2, args.batch2 = self._norm2.array[i], layers.norm2_batch_stats[i]
                 args.bottleneck = output.bottleneck[i if len(output.bottleneck) > 1 else 0].data_ptr()
             for field, masks in zip(("bottleneck_mask", "growth_mask"), self._masks, strict=True):
                 if masks:

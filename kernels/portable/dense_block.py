@@ -109,7 +109,7 @@ class _NormReluConv:
             z = self._prologue(chunk.of(source), chunk)
             y = cast(conv(cast(z, self.block.compute), self.weight, chunk.shape), self.block.dtype)
             if self.mask is not None:
-                self._drop(y, chunk)
+                self._drop(y, self.mask[chunk.images])
             if out is None:
                 out = y
             else:
@@ -120,7 +120,12 @@ class _NormReluConv:
         return out, merge_stats(stats, parts) if want_stats else None
 
     def backward(
-        self, dys: Iterable[Tensor], source: Tensor, parts: Sequence[Chunk], need_weight: bool, out: Tensor | None = None
+        self,
+        dys: Iterable[Tensor],
+        source: Tensor,
+        parts: Sequence[Chunk],
+        need_weight: bool,
+        out: Tensor | None = None,
     ) -> Iterator[tuple[Chunk, Tensor, Tensor]]:
         """Yield each chunk with its x and da [m, C], from its gradient dy [m, K], which it overwrites.
 
@@ -133,7 +138,7 @@ class _NormReluConv:
                 x = self.block.scratch("x", chunk.pixels, x.shape[1]).copy_(x)
             z = self._prologue(x, chunk)
             if self.mask is not None:
-                self._drop(dy, chunk)
+                self._drop(dy, self.mask[chunk.images])
             dz, dweight = conv_backward(cast(dy, compute), cast(z, compute), self.weight, chunk.shape, need_weight)
             if dweight is not None:
                 dweight = cast(dweight, acc)
@@ -145,8 +150,8 @@ class _NormReluConv:
         """z [m, C] in the accumulator dtype, good until the next."""
         return affine_relu(x, self.vectors, self.block.scratch("z", chunk.pixels, x.shape[1]))
 
-    def _drop(self, y: Tensor, chunk: Chunk) -> None:
-        y.mul_(rows(self.mask[chunk.images])).mul_(self.block.keep_scale)
+    def _drop(self, y: Tensor, mask: Tensor) -> None:
+        y.mul_(rows(mask)).mul_(self.block.keep_scale)
 
 
 def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottleneck: bool) -> DenseBlockOutput:
@@ -164,7 +169,7 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
 
     has_bottleneck, growth_rate, device = layers.has_bottleneck, layers.growth_rate, x.device
     widths = [c0] + [growth_rate] * layers.num_layers
-    written = list(zip(*(tensor.split(widths, -1) for tensor in (shared, *stats)), strict=True))  # by x, by layer 0, ...
+    written = list(zip(*(tensor.split(widths, -1) for tensor in (shared, *stats)), strict=True))  # by x, layer 0, ...
     first, *first_stats = written[0]
     first.copy_(rows(x))
     if share_stats:
@@ -280,13 +285,14 @@ def dense_block_backward(
             second, narrow = block.growth(layer, norm2), chunks((n, width, *spatial), device)
             at_once, sums = uses_batch and norms_at_once(hidden, acc, narrow, group), []
             da = torch.empty(hidden.shape, dtype=acc, device=device) if len(narrow) > 1 else None
-            for chunk, x, part in second.backward(map(Chunk.of, narrow, repeat(dy)), hidden, narrow, needs.conv2[layer], da):
+            dys: Iterable[Tensor] = map(Chunk.of, narrow, repeat(dy))
+            for chunk, x, part in second.backward(dys, hidden, narrow, needs.conv2[layer], da):
                 if not at_once:
                     sums.append(norm_sums(part, x, norm2, chunk))
             da = part if da is None else da
             if at_once:
                 dhidden, s1, s2 = norm_backward(da, hidden, norm2)
-                dys: Iterable[Tensor] = map(Chunk.of, parts, repeat(dhidden))
+                dys = map(Chunk.of, parts, repeat(dhidden))
             else:
                 s1, s2 = add_up(sums)
                 own = Correction.of(norm2, s1, s2, count, group) if uses_batch else None

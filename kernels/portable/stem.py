@@ -4,8 +4,9 @@
 
     a = gamma * xhat + beta        out = maxpool3x3/2(relu(a)) = relu(maxpool3x3/2(a))
 
-ReLU keeps order, so it comes last, on a quarter of the values: where the maximum of a window is not positive, nothing
-flows back, whichever of its values that was. Nothing but x is kept: the backward makes a again, and where its maxima are.
+ReLU keeps order, so it comes last, on a quarter of the values: where the maximum of a window is not positive nothing
+flows back, whichever of its values that was. Nothing but x is kept: the backward makes a again, and where its maxima
+are.
 """
 
 from __future__ import annotations
