@@ -226,7 +226,8 @@ def _scratch_of_block(backend: str, op: str, args: Any, kwargs: Any) -> int:
             return 2 * chunk + (0 if inference else again)
         casts = 4 * pixels * width if size < 4 else 0
         temporaries = 4 if conv2 else 6  # oneDNN turns the input of a 3x3, and its gradient
-        return temporaries * chunk + again + casts + 4 * pixels * (channels + 2 * width)  # G; da, dh
+        raw = channels if args[0].element_size() < 4 else channels - growth  # a float32 gradient is read where it is
+        return temporaries * chunk + again + casts + 4 * pixels * (raw + 2 * width)  # G; da, dh
     if inference:
         return 0
     narrow = gemm_dtype(kwargs["dtype"], x.device) == torch.bfloat16

@@ -34,6 +34,7 @@ from ..contract import (
     DenseLayers,
     accumulator_dtype,
     empty_channels_last,
+    in_channels_last,
 )
 from ..group import Group, join
 from .batch_norm import (
@@ -247,14 +248,15 @@ def dense_block_backward(
     count, device = shared.shape[0], shared.device
     stats = ChannelStats(output.mean, output.var)
     bottleneck_stats = ChannelStats(output.bottleneck_mean, output.bottleneck_var)
-    grad = torch.empty((n, *spatial, channels), dtype=acc, device=device).copy_(grad_out.movedim(1, -1))
-    grad = grad.view(count, channels)  # G, raw
     use_batch = any(layers.norm1_batch_stats)
     group = join(layers.group, count, device)
     through = Correction.none(stats.mean)  # P and Q
     has_bottleneck, growth_rate, width = layers.has_bottleneck, layers.growth_rate, layers.bottleneck_channels
     widths = [layers.input_channels] + [growth_rate] * layers.num_layers
-    written = list(zip(*(tensor.split(widths, -1) for tensor in (grad, shared, *through)), strict=True))  # by x, ...
+    written = list(zip(*(tensor.split(widths, -1) for tensor in (shared, *through)), strict=True))  # by x, layer 0, ...
+    given = in_channels_last(cast(grad_out, acc))
+    is_ours, grad = given is not grad_out, rows(given)  # G, raw, which the last layer leaves in memory of our own
+    shares = grad.split(widths, -1)
     one = torch.ones((), dtype=acc, device=device)
     first_layer = needs.first_layer()
     norms1 = affines([layers.norm1(layer, stats) for layer in range(layers.num_layers)], acc)
@@ -268,10 +270,10 @@ def dense_block_backward(
 
     def true_gradient(writer: int) -> Tensor:
         """G + P + Q * (x - mean) of the channels of one writer, [M, k]."""
-        g, x, mean, p, q = written[writer]
+        x, mean, p, q = written[writer]
         if group and use_batch:
             group.add_up(p, q)
-        return input_gradient(g, one, x, Correction(mean, p, q) if use_batch else None)
+        return input_gradient(shares[writer], one, x, Correction(mean, p, q) if use_batch else None)
 
     for layer in reversed(range(first_layer, layers.num_layers)):
         channels -= growth_rate
@@ -305,10 +307,15 @@ def dense_block_backward(
             first = block.growth(layer, norm1)
             dys = map(Chunk.of, parts, repeat(dy))
 
-        read, sums = prefix(grad, channels), []
+        so_far, sums = prefix(grad, channels), []
+        if not is_ours:
+            is_ours = True
+            grad = torch.empty((count, channels), dtype=acc, device=device)
+            shares = grad.split(widths[: layer + 1], -1)
+        read = prefix(grad, channels)
         for chunk, x, da in first.backward(dys, source, parts, needs.conv1[layer]):
             sums.append(norm_sums(da, x, norm1, chunk))
-            chunk.of(read).addcmul_(da, norm1.scale)
+            torch.addcmul(chunk.of(so_far), da, norm1.scale, out=chunk.of(read))
         s1, s2 = add_up(sums)
         if layers.norm1_batch_stats[layer]:
             through.add(norm1, s1, s2, count)
