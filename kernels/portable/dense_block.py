@@ -140,7 +140,8 @@ class _NormReluConv:
             z = self._prologue(x, chunk)
             if self.mask is not None:
                 self._drop(dy, self.mask[chunk.images])
-            dz, dweight = conv_backward(cast(dy, compute), cast(z, compute), self.weight, chunk.shape, need_weight)
+            dz = self.block.scratch("dz", *x.shape) if compute == acc else None
+            dz, dweight = conv_backward(cast(dy, compute), cast(z, compute), self.weight, chunk.shape, need_weight, dz)
             if dweight is not None:
                 dweight = cast(dweight, acc)
                 self.dweight = dweight if chunk is parts[0] else self.dweight.add_(dweight)
