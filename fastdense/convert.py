@@ -234,4 +234,4 @@ def _obstacle(module: nn.Module) -> str | None:
     if isinstance(module, FastDenseNet):
         names = list(module._modules)
         return None if names == ["features", "classifier"] else f"its children are {', '.join(names)}"
-    return module._obstacle() if isinstance(module, FusedBlock | FusedTransition) else None
+    return module.obstacle() if isinstance(module, FusedBlock | FusedTransition) else None

@@ -59,13 +59,22 @@ class Layer(NamedTuple):
 
 
 class Fused(nn.Module):
-    """What dense blocks and transitions share: in evaluation they read what they are made of once.
+    """What dense blocks and transitions share: they read what they are made of once.
 
     Attributes:
         inference_op: of :mod:`fastdense.ops`, that computes them at running statistics.
     """
 
     inference_op: str
+
+    def read(self) -> Any:
+        """What the modules below are, or why the op would not reproduce their forward."""
+        raise NotImplementedError
+
+    def obstacle(self) -> str | None:
+        """Why the op would not reproduce its forward, or ``None``."""
+        found = self.read()
+        return found if isinstance(found, str) else None
 
     def inference_arguments(self) -> tuple[Any, ...] | None:
         """In evaluation, the op's arguments after x; ``None`` where the output depends on more than these."""
@@ -75,20 +84,23 @@ class Fused(nn.Module):
         """The first norm and convolution."""
         raise NotImplementedError
 
-    def _at_once(self, x: Tensor) -> Tensor | None:
-        """In evaluation without autograd the output, by what an earlier call has made ready; else ``None``."""
+    def _ready_for(self, x: Tensor) -> Ready | None:
+        """What an earlier call has read, where that still stands; ``None`` where all must be read anew."""
         if torch.compiler.is_compiling() or type(x) is not Tensor or global_hooks():
             return None
-        if self.training:
-            self.__dict__.pop("_ready", None)  # it would keep parameters alive
+        return Ready.of(self)
+
+    def _at_once(self, x: Tensor, ready: Ready | None) -> Tensor | None:
+        """In evaluation without autograd the output, by what an earlier call has made ready; else ``None``."""
+        if self.training or ready is None:
             return None
-        ready = Ready.of(self)
-        if ready.arguments is None or ready.needs_grad(x):
+        inference = ready.inference(self)
+        if inference.arguments is None or inference.needs_grad(x):
             return None
         backend = _fast_backend(self, x)
-        if backend is None or not _stock_computes(x, *ready.first) or x.shape[1] != ready.channels:
+        if backend is None or not _stock_computes(x, *inference.first) or x.shape[1] != inference.channels:
             return None
-        return ready.run(x, _conv_dtype(x, parameter(ready.first[1], "weight")), backend)
+        return inference.run(x, _conv_dtype(x, parameter(inference.first[1], "weight")), backend)
 
 
 class FusedBlock(Fused):
@@ -108,14 +120,15 @@ class FusedBlock(Fused):
 
         ``channels_last``: the features of the fallback would have that layout, even if x's does not say so.
         """
-        out = self._at_once(x)
+        ready = self._ready_for(x)
+        out = self._at_once(x, ready)
         if out is not None:
             return out, None
-        modules = self._read()
+        modules = self.read() if ready is None else ready.reading
         backend = _fast_backend(self, x, modules if isinstance(modules, str) else None)
         if backend is None or isinstance(modules, str) or not _stock_computes(x, modules[0].norm1, modules[0].conv1):
             return super().forward(x), None  # type: ignore[misc]  # of the class that this one goes before
-        layers = self._gather(modules, x, channels_last)
+        layers = self._gathered(ready, modules, x, channels_last)
         dtype = _conv_dtype(x, layers.conv1_weight[0])
         uses_batch = any(layers.norm1_batch_stats) or any(layers.norm2_batch_stats)
         count = count_of(x, layers.group) if uses_batch else 0
@@ -181,7 +194,7 @@ class FusedBlock(Fused):
         return {name: layer.growth_conv.out_channels for name, layer in zip(names, self.dense_layers(), strict=True)}
 
     def inference_arguments(self) -> tuple[DenseLayers] | None:
-        modules = self._read()
+        modules = self.read()
         if isinstance(modules, str) or self._layout.new_first or self._layout.only_new:
             return None
         layers = self._gather(modules, parameter(modules[0].conv1, "weight"), False)
@@ -191,6 +204,15 @@ class FusedBlock(Fused):
 
     def first_parts(self) -> tuple[BatchNorm, Conv]:
         return self.dense_layers()[0][:2]
+
+    def _gathered(self, ready: Ready | None, layers: list[Layer], x: Tensor, channels_last: bool) -> DenseLayers:
+        """By an earlier call, where nothing is drawn."""
+        if ready is None or layers[0].drop_rate > 0:
+            return self._gather(layers, x, channels_last)
+        key = x.dtype, x.device, torch.is_inference_mode_enabled()  # whose tensors autograd refuses
+        if key not in ready.gathered:
+            ready.gathered[key] = self._gather(layers, x, channels_last)
+        return cast(DenseLayers, ready.gathered[key])
 
     def _gather(self, layers: list[Layer], x: Tensor, channels_last: bool) -> DenseLayers:
         """The layers' parameters, and the dropout masks in the order and layout of the fallback."""
@@ -248,11 +270,7 @@ class FusedBlock(Fused):
             out = out[:, start:end].clone()
         return out, stats
 
-    def _obstacle(self) -> str | None:
-        found = self._read()
-        return found if isinstance(found, str) else None
-
-    def _read(self) -> list[Layer] | str:
+    def read(self) -> list[Layer] | str:
         """The layers, or why the op would not reproduce their forward."""
         layout = self._layout
         if layout.layers and list(self._modules) != [layout.layers]:
@@ -379,10 +397,11 @@ class FusedTransition(Fused):
 
         ``channels_last``: the features of the fallback would have that layout, on which its dropout depends.
         """
-        out = self._at_once(x) if isinstance(x, Tensor) and min(x.shape[2:], default=0) > 1 else None
+        ready = self._ready_for(x)
+        out = self._at_once(x, ready) if isinstance(x, Tensor) and min(x.shape[2:], default=0) > 1 else None
         if out is not None:
             return out
-        backend = _fast_backend(self, x, self._obstacle())
+        backend = _fast_backend(self, x, self.read() if ready is None else ready.reading)
         if backend is None:
             return super().forward(x)  # type: ignore[misc]  # of the class that this one goes before
         norm, conv = self.first_parts()
@@ -394,7 +413,7 @@ class FusedTransition(Fused):
         return ops.transition(x, norm_for(norm, x, stats, backend), conv.weight, dtype=dtype, backend=backend)
 
     def inference_arguments(self) -> tuple[Norm, Tensor] | None:
-        if self._obstacle() or self._drops():
+        if self.read() or self._drops():
             return None
         norm, conv = self.first_parts()
         running = running_norm(norm)
@@ -408,7 +427,7 @@ class FusedTransition(Fused):
         drop: Any = self._modules.get(self._layout.dropout)
         return drop is not None and drop.training and drop.p > 0
 
-    def _obstacle(self) -> str | None:
+    def read(self) -> str | None:
         return obstacle_in(self, self._layout)
 
 

@@ -55,14 +55,14 @@ def warm(block: nn.Module, x: Tensor) -> Tensor:
 def afresh(block: nn.Module, x: Tensor) -> Tensor:
     """The output of a forward that reads everything anew."""
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Fused, "_at_once", lambda block, x: None)
+        patch.setattr(Fused, "_ready_for", lambda block, x: None)
         return block(x)
 
 
 def test_read_once(block: FastDenseBlock, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     warm(block, x)
     ready = block._ready
-    for name in ("_read", "_gather", "dense_layers", "inference_arguments"):
+    for name in ("read", "_gather", "dense_layers", "inference_arguments"):
         monkeypatch.setattr(FastDenseBlock, name, None)
     warm(block, x)
     assert block._ready is ready
@@ -462,3 +462,64 @@ def test_a_snapshot_sees_each_attribute() -> None:
         del place["another"]
     assert snapshot.holds(module)
     assert not snapshot.holds(copy.deepcopy(module))
+
+
+# -- training -------------------------------------------------------------------------------------------------
+
+
+def step(block: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Output, gradients and running statistics of a forward and a backward, which leave the statistics as they were."""
+    state = copy.deepcopy(block.state_dict())
+    block.zero_grad()
+    out = block(x)
+    out.square().mean().backward()
+    found = {name: p.grad for name, p in block.named_parameters() if p.grad is not None}
+    found |= {f"new {name}": tensor.clone() for name, tensor in block.named_buffers()} | {"out": out.detach()}
+    for name, tensor in block.state_dict().items():
+        tensor.copy_(state[name])
+    return found
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, 0.3])
+def test_read_once_in_training(
+    block: FastDenseBlock, x: Tensor, drop_rate: float, twins: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = twins("block", 3, 8, bn_size=2, growth_rate=4, drop_rate=drop_rate)[0].train()
+    step(block, x)
+    monkeypatch.setattr(FastDenseBlock, "read", None)
+    if not drop_rate:
+        monkeypatch.setattr(FastDenseBlock, "_gather", None)
+    first, second = step(block, x)["out"], step(block, x)["out"]
+    assert torch.equal(first, second) == (drop_rate == 0)
+
+
+@pytest.mark.filterwarnings("ignore::fastdense.FallbackWarning")
+@pytest.mark.parametrize("change", [change for change in CHANGES if change is not trained])
+def test_a_change_is_seen_at_once_in_training(
+    block: FastDenseBlock, x: Tensor, change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step(block.train(), x)
+    change(block)
+    after = step(block, x)
+    monkeypatch.setattr(Fused, "_ready_for", lambda block, x: None)
+    afresh = step(block, x)
+    assert after.keys() == afresh.keys()
+    assert all(torch.equal(after[name], afresh[name]) for name in after)
+
+
+def test_frozen_and_thawed(block: FastDenseBlock, x: Tensor) -> None:
+    block.train()
+    every = set(step(block, x))
+    block.denselayer2.conv1.weight.requires_grad_(False)
+    assert every - set(step(block, x)) == {"denselayer2.conv1.weight"}
+    block.denselayer2.conv1.weight.requires_grad_(True)
+    assert set(step(block, x)) == every
+
+
+def test_parameters_of_one_call_are_not_kept(block: FastDenseBlock, x: Tensor) -> None:
+    block.train()
+    given = {name: (p * 1) for name, p in block.named_parameters()}
+    gone = weakref.ref(given["denselayer2.conv1.weight"])
+    torch.func.functional_call(block, given, (x,))
+    del given
+    assert gone() is None
