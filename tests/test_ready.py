@@ -523,3 +523,29 @@ def test_parameters_of_one_call_are_not_kept(block: FastDenseBlock, x: Tensor) -
     torch.func.functional_call(block, given, (x,))
     del given
     assert gone() is None
+
+
+def test_whoever_watches_a_step_sees_the_ops(block: FastDenseBlock, x: Tensor, op_calls: Any) -> None:
+    """And gets the same bits."""
+    expected = step(block.train(), x)
+    with op_calls() as calls:
+        watched = step(block, x)
+    assert [op._opname for op, _, _ in calls] == ["dense_block", "dense_block_backward"]
+    with torch.profiler.profile() as profile:
+        profiled = step(block, x)
+    assert {"fastdense::dense_block", "fastdense::dense_block_backward"} <= {e.key for e in profile.key_averages()}
+    for found in (watched, profiled):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_default_device_is_that_of_new_tensors_alone(block: FastDenseBlock, x: Tensor) -> None:
+    warm(block, x)
+    with torch.device("meta"):
+        block.denselayer1.conv1.weight.data[0] += 1  # so that it is packed anew
+        out = warm(block, x)
+    assert torch.equal(out, afresh(block, x))
+    expected = step(block.train(), x)
+    with torch.device("meta"):
+        found = step(block, x)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

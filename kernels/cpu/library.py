@@ -203,7 +203,7 @@ class Library:
 
 def aligned(nbytes: int, alignment: int = 64) -> Tensor:
     """Uninitialised bytes that begin on a cache line."""
-    memory = torch.empty(nbytes + alignment, dtype=torch.uint8)
+    memory = torch.empty(nbytes + alignment, dtype=torch.uint8, device="cpu")  # whatever the default device is
     start = -memory.data_ptr() % alignment
     return memory[start : start + nbytes]
 

@@ -114,7 +114,7 @@ def affine_map(x: Tensor, vectors: Affine, out: Tensor) -> Tensor:
 
 def affine_relu(x: Tensor, vectors: Affine, out: Tensor) -> Tensor:
     """relu(scale * x + shift) of [M, C], in the dtype of the vectors. NaN propagates."""
-    return affine_map(x, vectors, out).clamp_min_(0)
+    return affine_map(x, vectors, out).relu_()
 
 
 def _as_norms_see(x: Tensor, chunk: Chunk) -> Tensor:

@@ -18,7 +18,7 @@ def head(x: Tensor, norm: Norm) -> Tensor:
     """[N, C, *spatial] -> [N, C], of x's dtype."""
     out = x.new_empty(x.shape[:2])
     for chunk, a in normed(x, norm):
-        out[chunk.images] = a.clamp_min_(0).flatten(2).mean(2)
+        out[chunk.images] = a.relu_().flatten(2).mean(2)
     return out
 
 

@@ -28,7 +28,7 @@ def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Ten
     shape = [size // 2 for size in spatial]
     out = empty_channels_last((n, len(weight), *shape), dtype, x.device)
     for chunk, a in normed(x, norm):
-        pooled = rows(cast(avg_pool(a.clamp_min_(0)), compute))
+        pooled = rows(cast(avg_pool(a.relu_()), compute))
         out[chunk.images] = images(conv(pooled, weight, (len(a), *shape)), (len(a), *shape))
     return out
 
@@ -42,7 +42,7 @@ def transition_backward(
     parts: list[Tensor] = []  # the weight's gradient, by chunk
 
     def write_da(chunk: Chunk, a: Tensor, da: Tensor) -> None:
-        dy, z = grad_out[chunk.images], a.clamp_min_(0)
+        dy, z = grad_out[chunk.images], a.relu_()
         shape = (len(dy), *dy.shape[2:])
         pooled = rows(cast(avg_pool(z), compute))
         dpooled, dweight = conv_backward(rows(cast(dy, compute)), pooled, weight_, shape, need_weight)
