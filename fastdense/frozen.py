@@ -77,8 +77,9 @@ class Frozen(nn.Module):
     def _options(self, x: Tensor, cast_to: torch.dtype | None, backend: str) -> dict[str, Any]:
         """The op's, for tensors like x."""
         weight = cast(Tensor, self._buffers[self._weight])
-        if weight.device != x.device or (self._convolves and not cast_to and weight.dtype != x.dtype):
-            raise TypeError(f"this frozen stage takes {weight.dtype} on {weight.device}, got {x.dtype} on {x.device}")
+        devices = " and ".join(sorted({str(cast(Tensor, tensor).device) for tensor in self._buffers.values()}))
+        if devices != str(x.device) or (self._convolves and not cast_to and weight.dtype != x.dtype):
+            raise TypeError(f"this frozen stage takes {weight.dtype} on {devices}, got {x.dtype} on {x.device}")
         if backend == backends.REFERENCE:
             raise RuntimeError("a frozen stage has no reference: run the model that it was made from")
         return dict(backend=backend) | (dict(dtype=cast_to or weight.dtype) if self._convolves else {})

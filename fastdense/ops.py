@@ -226,6 +226,10 @@ def _check_layers(op: str, x: Tensor, layers: DenseLayers) -> None:
     _check_spatial(op, x)
     _check(layers.num_layers > 0, f"{op}: needs at least one layer")
     k, width, channels = layers.growth_rate, layers.bottleneck_channels, x.shape[1]
+    for field, tensors in zip(_LIST_FIELDS, layers, strict=False):
+        for i, tensor in enumerate(tensors):
+            if tensor.device != x.device:
+                raise ValueError(f"{op}: layer {i}: {field} must be on {x.device} as x is, got {tensor.device}")
     ones, threes = ([size] * (x.dim() - 2) for size in (1, 3))
     for i, (weight, bias, conv1) in enumerate(
         zip(layers.norm1_weight, layers.norm1_bias, layers.conv1_weight, strict=True)

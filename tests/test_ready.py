@@ -549,3 +549,22 @@ def test_a_default_device_is_that_of_new_tensors_alone(block: FastDenseBlock, x:
     with torch.device("meta"):
         found = step(block, x)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_layer_on_another_device_is_an_error(block: FastDenseBlock, x: Tensor, train: bool) -> None:
+    block.train(train)(x)
+    block.denselayer2.to("meta")
+    with pytest.raises(ValueError, match=r"layer 1: norm1_weight must be on cpu as x is, got meta"):
+        block(x)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"layer 1: norm1_weight must be on cpu"):
+        block(x)
+    with torch.inference_mode(), pytest.raises(TypeError, match=r"torch.float32 on cpu and meta, got torch.float32 on"):
+        fastdense.freeze(block.eval())(x)
+
+
+def test_a_convolution_on_another_device_is_an_error(block: FastDenseBlock, x: Tensor) -> None:
+    warm(block, x)
+    block.denselayer3.conv2.to("meta")
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"layer 2: conv2_weight must be on cpu"):
+        block(x)

@@ -71,6 +71,7 @@ def _add_option(command: argparse.ArgumentParser, option: Field[Any]) -> None:
 
 
 def _train(arguments: argparse.Namespace, _: list[str]) -> int:
+    from ..memory import keep_freed_memory
     from . import checkpoint, loop
     from .ranks import ranks
 
@@ -90,6 +91,8 @@ def _train(arguments: argparse.Namespace, _: list[str]) -> int:
             if folder.exists() and any(folder.iterdir()):
                 raise ValueError(f"{folder} is not empty; give another --output, or --resume {folder}")
             checkpoint.write_whole(folder / "config.json", lambda file: file.write(_json(chosen.as_dict()).encode()))
+        if group.device.type == "cpu":
+            keep_freed_memory()
         try:
             row = loop.train(chosen, group, folder, resume=bool(arguments.resume), quiet=arguments.quiet)
         except KeyboardInterrupt:

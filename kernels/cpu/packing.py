@@ -73,4 +73,6 @@ class Prepared:
         """Whether another one of the same tensors, with what they contain now and where they are, would be the same."""
         if self._places is None or self._norms.places() != self._places:
             return False
+        if not all(weight.is_cpu for weight in self._weights):
+            return False
         return all(map(operator.is_, packed(self._library, self._weights, self._dtype), self._packed))
