@@ -92,7 +92,7 @@ class Fused(nn.Module):
 
     def _at_once(self, x: Tensor, ready: Ready | None) -> Tensor | None:
         """In evaluation without autograd the output, by what an earlier call has made ready; else ``None``."""
-        if self.training or ready is None:
+        if self.training or ready is None or isinstance(ready.reading, str):
             return None
         inference = ready.inference(self)
         if inference.arguments is None or inference.needs_grad(x):

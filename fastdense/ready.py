@@ -29,7 +29,7 @@ class Snapshot:
 
     Attributes:
         may_be_kept: nothing lives longer for it than its modules do, and no group of processes belongs to it: there
-            are no parameters for one call, as those of ``functional_call``, and no SyncBatchNorms.
+            are no parameters for one call, as those of ``functional_call``, and no SyncBatchNorms in training.
     """
 
     def __init__(self, module: nn.Module):
@@ -42,9 +42,9 @@ class Snapshot:
         self._values = list(itertools.chain.from_iterable(map(dict.values, self._dicts)))
         self._hooks = [state[name] for state in states for name in HOOKS]
         tensors = [value for value in self._values if isinstance(value, Tensor)]
-        self.may_be_kept = nn.SyncBatchNorm not in self._classes and all(
-            type(tensor) in (Tensor, nn.Parameter) and tensor.is_leaf for tensor in tensors
-        )
+        self.may_be_kept = not any(
+            isinstance(below, nn.SyncBatchNorm) and below.training for below in self._modules
+        ) and all(type(tensor) in (Tensor, nn.Parameter) and tensor.is_leaf for tensor in tensors)
 
     def holds(self, module: nn.Module) -> bool:
         """Whether every object is still in its place; of ``module`` itself, not of a copy."""

@@ -16,7 +16,7 @@ _FEW = 1024  # pixels for which a CPU's matrix products are quicker than a 1x1 c
 
 def conv(z: Tensor, weight: Tensor, shape: Sequence[int], bias: Tensor | None = None) -> Tensor:
     """Dense [M, C] of images of ``shape`` (N, *spatial), [K, C, 1 or 3, ...] -> [M, K]."""
-    if _is_product(z, weight):
+    if is_product(z, weight):
         columns = weight.flatten(1).t()
         return torch.mm(z, columns) if bias is None else torch.addmm(bias, z, columns)
     weight, shape = _planar(weight, shape)
@@ -27,8 +27,8 @@ def conv(z: Tensor, weight: Tensor, shape: Sequence[int], bias: Tensor | None = 
 def conv_backward(
     dy: Tensor, z: Tensor, weight: Tensor, shape: Sequence[int], need_weight: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """dz [M, C], maybe in ``out`` if given, and the weight's gradient, from dense dy [M, K] and z."""
-    if _is_product(z, weight):
+    """dz [M, C], for a product in ``out`` if given, and the weight's gradient, from dense dy [M, K] and z."""
+    if is_product(z, weight):
         dz = torch.mm(dy, weight.flatten(1), out=out)  # and z.t() @ dy is quicker than dy.t() @ z, turned and all
         return dz, torch.mm(z.t(), dy).t().view(weight.shape) if need_weight else None
     kernel, shape = _planar(weight, shape)
@@ -49,7 +49,8 @@ def conv_backward(
     return rows(dz), dweight.view(weight.shape) if need_weight else None
 
 
-def _is_product(z: Tensor, weight: Tensor) -> bool:
+def is_product(z: Tensor, weight: Tensor) -> bool:
+    """Whether the convolution of [M, C] is computed as a matrix product."""
     return weight.shape[-1] == 1 and z.shape[0] <= _FEW and z.device.type == "cpu"
 
 

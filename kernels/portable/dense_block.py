@@ -61,7 +61,7 @@ from .batch_norm import (
     zero_stats,
 )
 from .chunks import OF_A_BLOCK, Chunk, Scratch, chunks
-from .conv import conv, conv_backward
+from .conv import conv, conv_backward, is_product
 
 
 class _Block:
@@ -140,8 +140,10 @@ class _NormReluConv:
             z = self._prologue(x, chunk)
             if self.mask is not None:
                 self._drop(dy, self.mask[chunk.images])
-            dz = self.block.scratch("dz", *x.shape) if compute == acc else None
-            dz, dweight = conv_backward(cast(dy, compute), cast(z, compute), self.weight, chunk.shape, need_weight, dz)
+            warm = self.block.scratch("dz", *x.shape) if compute == acc and is_product(x, self.weight) else None
+            dz, dweight = conv_backward(
+                cast(dy, compute), cast(z, compute), self.weight, chunk.shape, need_weight, warm
+            )
             if dweight is not None:
                 dweight = cast(dweight, acc)
                 self.dweight = dweight if chunk is parts[0] else self.dweight.add_(dweight)

@@ -25,7 +25,7 @@ def stem_tail(x: Tensor, norm: Norm) -> Tensor:
     n, c, *spatial = x.shape
     out = empty_channels_last((n, c, *((size + 1) // 2 for size in spatial)), x.dtype, x.device)
     for chunk, a in normed(x, norm):
-        torch.clamp(max_pool(a)[0], min=0, out=out[chunk.images])
+        out[chunk.images] = max_pool(a)[0].relu_()
     return out
 
 
