@@ -6,7 +6,6 @@ of several processes (``SyncBatchNorm``) has those of all their batches.
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple, cast
@@ -117,14 +116,15 @@ def update_running_stats(norms: Sequence[BatchNorm], means: Sequence[Tensor], va
         if norm.training and norm.track_running_stats and buffers["running_mean"] is not None:
             by_momentum[norm.momentum].append((buffers, mean, var))
     for momentum, group in by_momentum.items():
-        count, *running = (
+        count, running_means, running_vars = (
             [cast(Tensor, buffers[name]) for buffers, _, _ in group]
             for name in ("num_batches_tracked", "running_mean", "running_var")
         )
-        targets = list(itertools.chain(*running))
+        targets = running_means + running_vars
+        values = [mean for _, mean, _ in group] + [var for _, _, var in group]
         values = [
             value if value.dtype == target.dtype else value.to(target.dtype)
-            for value, target in zip(itertools.chain(*list(zip(*group, strict=True))[1:]), targets, strict=True)
+            for value, target in zip(values, targets, strict=True)
         ]
         torch._foreach_add_(count, 1)
         if momentum is None:  # the average of all batches so far

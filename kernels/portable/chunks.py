@@ -50,13 +50,13 @@ class Scratch:
     """Temporaries that one pass after another writes again, so that they stay in cache; by name."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
-        self._dtype, self._device = dtype, device
+        self.dtype, self._device = dtype, device
         self._memory: dict[str, Tensor] = {}
 
     def __call__(self, name: str, rows: int, channels: int) -> Tensor:
         """[rows, channels], uninitialised, good until the next call with this name."""
         memory = self._memory.get(name)
         if memory is None or memory.numel() < rows * channels:
-            memory = torch.empty(rows * channels, dtype=self._dtype, device=self._device)
+            memory = torch.empty(rows * channels, dtype=self.dtype, device=self._device)
             self._memory[name] = memory
         return memory.as_strided((rows, channels), (channels, 1))

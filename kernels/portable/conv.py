@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from .batch_norm import images, rows
+from .chunks import Scratch
 
 _FEW = 1024  # pixels for which a CPU's matrix products are quicker than a 1x1 convolution's preparations
 
 
 def conv(z: Tensor, weight: Tensor, shape: Sequence[int], bias: Tensor | None = None) -> Tensor:
     """Dense [M, C] of images of ``shape`` (N, *spatial), [K, C, 1 or 3, ...] -> [M, K]."""
-    if is_product(z, weight):
+    if _is_product(z, weight):
         columns = weight.flatten(1).t()
         return torch.mm(z, columns) if bias is None else torch.addmm(bias, z, columns)
     weight, shape = _planar(weight, shape)
@@ -25,10 +26,11 @@ def conv(z: Tensor, weight: Tensor, shape: Sequence[int], bias: Tensor | None = 
 
 
 def conv_backward(
-    dy: Tensor, z: Tensor, weight: Tensor, shape: Sequence[int], need_weight: bool, out: Tensor | None = None
+    dy: Tensor, z: Tensor, weight: Tensor, shape: Sequence[int], need_weight: bool, scratch: Scratch | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """dz [M, C], for a product in ``out`` if given, and the weight's gradient, from dense dy [M, K] and z."""
-    if is_product(z, weight):
+    """dz [M, C], in ``scratch`` where that serves, and the weight's gradient, from dense dy [M, K] and z."""
+    if _is_product(z, weight):
+        out = scratch("dz", *z.shape) if scratch is not None and scratch.dtype == z.dtype else None
         dz = torch.mm(dy, weight.flatten(1), out=out)  # and z.t() @ dy is quicker than dy.t() @ z, turned and all
         return dz, torch.mm(z.t(), dy).t().view(weight.shape) if need_weight else None
     kernel, shape = _planar(weight, shape)
@@ -49,8 +51,7 @@ def conv_backward(
     return rows(dz), dweight.view(weight.shape) if need_weight else None
 
 
-def is_product(z: Tensor, weight: Tensor) -> bool:
-    """Whether the convolution of [M, C] is computed as a matrix product."""
+def _is_product(z: Tensor, weight: Tensor) -> bool:
     return weight.shape[-1] == 1 and z.shape[0] <= _FEW and z.device.type == "cpu"
 
 

@@ -61,7 +61,7 @@ from .batch_norm import (
     zero_stats,
 )
 from .chunks import OF_A_BLOCK, Chunk, Scratch, chunks
-from .conv import conv, conv_backward, is_product
+from .conv import conv, conv_backward
 
 
 class _Block:
@@ -132,17 +132,16 @@ class _NormReluConv:
 
         da is gathered in ``out`` [M, C] if given; when all are consumed, ``dweight`` is the weight's gradient.
         """
-        acc, compute = self.block.acc, self.block.compute
+        acc, compute, scratch = self.block.acc, self.block.compute, self.block.scratch
         for chunk, dy in zip(parts, dys, strict=True):
             x = chunk.of(source)
             if x.dtype != acc or not x.is_contiguous():
-                x = self.block.scratch("x", chunk.pixels, x.shape[1]).copy_(x)
+                x = scratch("x", chunk.pixels, x.shape[1]).copy_(x)
             z = self._prologue(x, chunk)
             if self.mask is not None:
                 self._drop(dy, self.mask[chunk.images])
-            warm = self.block.scratch("dz", *x.shape) if compute == acc and is_product(x, self.weight) else None
             dz, dweight = conv_backward(
-                cast(dy, compute), cast(z, compute), self.weight, chunk.shape, need_weight, warm
+                cast(dy, compute), cast(z, compute), self.weight, chunk.shape, need_weight, scratch
             )
             if dweight is not None:
                 dweight = cast(dweight, acc)
@@ -258,8 +257,10 @@ def dense_block_backward(
     widths = [layers.input_channels] + [growth_rate] * layers.num_layers
     written = list(zip(*(tensor.split(widths, -1) for tensor in (shared, *through)), strict=True))  # by x, layer 0, ...
     given = in_channels_last(cast(grad_out, acc))
-    is_ours, grad = given is not grad_out, rows(given)  # G, raw, which the last layer leaves in memory of our own
-    shares = grad.split(widths, -1)
+    raw = rows(given)  # G: as it came, for the last layer, which leaves it in memory of our own
+    before = channels - growth_rate  # of the last layer
+    grad = torch.empty((count, before), dtype=acc, device=device) if given is grad_out else raw
+    shares = [*prefix(grad, before).split(widths[:-1], -1), raw.narrow(-1, before, growth_rate)]
     one = torch.ones((), dtype=acc, device=device)
     first_layer = needs.first_layer()
     norms1 = affines([layers.norm1(layer, stats) for layer in range(layers.num_layers)], acc)
@@ -310,15 +311,11 @@ def dense_block_backward(
             first = block.growth(layer, norm1)
             dys = map(Chunk.of, parts, repeat(dy))
 
-        so_far, sums = prefix(grad, channels), []
-        if not is_ours:
-            is_ours = True
-            grad = torch.empty((count, channels), dtype=acc, device=device)
-            shares = grad.split(widths[: layer + 1], -1)
-        read = prefix(grad, channels)
+        so_far, read, sums = prefix(raw, channels), prefix(grad, channels), []
         for chunk, x, da in first.backward(dys, source, parts, needs.conv1[layer]):
             sums.append(norm_sums(da, x, norm1, chunk))
             torch.addcmul(chunk.of(so_far), da, norm1.scale, out=chunk.of(read))
+        raw = grad
         s1, s2 = add_up(sums)
         if layers.norm1_batch_stats[layer]:
             through.add(norm1, s1, s2, count)
