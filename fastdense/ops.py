@@ -1,4 +1,4 @@
-"""The ops: schemas, checks, fakes, autograd. One functional op a block, transition, stem tail and head.
+"""The ops: schemas, fakes, autograd. One functional op a block, transition, stem tail and head.
 
 Tensors in, fresh tensors out: nothing is mutated and no output aliases an input, so autograd, functionalisation
 and CUDA graphs see ordinary ops. The shared buffer is allocated and written inside, below their sight.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends
+from . import backends, checks
 from .kernels.contract import (
     ChannelStats,
     DenseBlockNeeds,
@@ -76,7 +76,7 @@ def channel_stats(x: Tensor, *, backend: str, group: str = "") -> ChannelStats:
 
     ``group``: name of a process group over all of whose x they are taken.
     """
-    _check_spatial("channel_stats", x)
+    checks.check_spatial("channel_stats", x)
     return ChannelStats(*torch.ops.fastdense.channel_stats(x.detach(), group=group, backend=backend))
 
 
@@ -103,7 +103,7 @@ def dense_block(
 
     Source: DenseNet (arXiv 1608.06993), section 3; batch statistics per channel, not per norm.
     """
-    _check_layers("dense_block", x, layers)
+    checks.check_layers("dense_block", x, layers)
     lists, options = _flattened(layers)
     options.update(dtype=dtype, save_bottleneck=save_bottleneck, backend=backend)
     if not _is_seen(x, *lists):
@@ -113,9 +113,9 @@ def dense_block(
 
 def dense_block_inference(x: Tensor, layers: DenseLayers, *, dtype: torch.dtype, backend: str) -> Tensor:
     """A dense block whose norms all use running statistics, without autograd. Shapes as in :func:`dense_block`."""
-    _check_layers("dense_block_inference", x, layers)
+    checks.check_layers("dense_block_inference", x, layers)
     uses_batch = any(layers.norm1_batch_stats) or any(layers.norm2_batch_stats)
-    _check(not uses_batch, "dense_block_inference: every norm must use running statistics")
+    checks.require(not uses_batch, "dense_block_inference: every norm must use running statistics")
     lists, options = _flattened(layers)
     return torch.ops.fastdense.dense_block_inference(x, *lists, **options, dtype=dtype, backend=backend)
 
@@ -128,7 +128,7 @@ def transition(x: Tensor, norm: Norm, conv_weight: Tensor, *, dtype: torch.dtype
     Raises:
         ValueError: shapes that do not fit each other, or an image smaller than the pool.
     """
-    _check_transition(x, norm, conv_weight)
+    checks.check_transition(x, norm, conv_weight)
     return torch.ops.fastdense.transition(x, *norm[:4], conv_weight, **_options(norm), dtype=dtype, backend=backend)
 
 
@@ -137,7 +137,7 @@ def stem_tail(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
 
     [N, C, *spatial] -> [N, C, *ceil(size / 2)] of x's dtype, dense channels-last.
     """
-    _check_norm("stem_tail", x, norm)
+    checks.check_norm("stem_tail", x, norm)
     return torch.ops.fastdense.stem_tail(x, *norm[:4], **_options(norm), backend=backend)
 
 
@@ -146,20 +146,8 @@ def head(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
 
     [N, C, *spatial] -> [N, C] of x's dtype.
     """
-    _check_norm("head", x, norm)
+    checks.check_norm("head", x, norm)
     return torch.ops.fastdense.head(x, *norm[:4], **_options(norm), backend=backend)
-
-
-def check(op: str, x: Tensor, *arguments: Any) -> None:
-    """That the arguments of a block's or transition's op fit each other, as it checks them itself.
-
-    Raises:
-        ValueError: they do not.
-    """
-    if op == "transition":
-        _check_transition(x, *arguments)
-    else:
-        _check_layers(op, x, *arguments)
 
 
 def are_observed() -> bool:
@@ -189,68 +177,6 @@ def _flattened(layers: DenseLayers) -> tuple[list[list[Tensor]], dict[str, Any]]
 
 def _options(norm: Norm) -> dict[str, Any]:
     return dict(zip(Norm._fields[4:], norm[4:], strict=True))
-
-
-def _check(condition: bool, message: str, *shapes: torch.Size) -> None:
-    if not condition:
-        raise ValueError(message % tuple(list(shape) for shape in shapes))
-
-
-def _check_spatial(op: str, x: Tensor) -> None:
-    _check(x.dim() in (3, 4, 5), f"{op}: x must be [N, C, H, W], [N, C, L] or [N, C, D, H, W], got shape %s", x.shape)
-
-
-def _check_norm(op: str, x: Tensor, norm: Norm) -> None:
-    _check_spatial(op, x)
-    for name, vector in zip(Norm._fields, norm[:4], strict=False):
-        _check(
-            vector.shape == (x.shape[1],),
-            f"{op}: norm {name} must be [{x.shape[1]}] like the channels of x %s, got shape %s",
-            x.shape,
-            vector.shape,
-        )
-
-
-def _check_transition(x: Tensor, norm: Norm, conv_weight: Tensor) -> None:
-    _check_norm("transition", x, norm)
-    kernel = (x.shape[1], *[1] * (x.dim() - 2))
-    _check(
-        conv_weight.shape[1:] == kernel,
-        f"transition: conv_weight must be [C', {', '.join(map(str, kernel))}], got shape %s",
-        conv_weight.shape,
-    )
-    _check(min(x.shape[2:]) > 1, "transition: spatial dimensions must be at least 2, got shape %s", x.shape)
-
-
-def _check_layers(op: str, x: Tensor, layers: DenseLayers) -> None:
-    _check_spatial(op, x)
-    _check(layers.num_layers > 0, f"{op}: needs at least one layer")
-    k, width, channels = layers.growth_rate, layers.bottleneck_channels, x.shape[1]
-    for field, tensors in zip(_LIST_FIELDS, layers, strict=False):
-        for i, tensor in enumerate(tensors):
-            if tensor.device != x.device:
-                raise ValueError(f"{op}: layer {i}: {field} must be on {x.device} as x is, got {tensor.device}")
-    ones, threes = ([size] * (x.dim() - 2) for size in (1, 3))
-    for i, (weight, bias, conv1) in enumerate(
-        zip(layers.norm1_weight, layers.norm1_bias, layers.conv1_weight, strict=True)
-    ):
-        first = (width, channels, *ones) if layers.has_bottleneck else (k, channels, *threes)
-        _check_layer(op, x, i, ("norm1_weight", weight, (channels,)), ("norm1_bias", bias, (channels,)))
-        _check_layer(op, x, i, ("conv1_weight", conv1, first))
-        channels += k
-    for i, (weight, bias, conv2) in enumerate(
-        zip(layers.norm2_weight, layers.norm2_bias, layers.conv2_weight, strict=True)
-    ):
-        _check_layer(op, x, i, ("norm2_weight", weight, (width,)), ("norm2_bias", bias, (width,)))
-        _check_layer(op, x, i, ("conv2_weight", conv2, (k, width, *threes)))
-
-
-def _check_layer(op: str, x: Tensor, layer: int, *expected: tuple[str, Tensor, tuple[int, ...]]) -> None:
-    for field, tensor, shape in expected:
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{op}: layer {layer}: {field} must be {list(shape)} for x {list(x.shape)}, got {list(tensor.shape)}"
-            )
 
 
 # -- implementations: hand over to the backend ---------------------------------------------------------------

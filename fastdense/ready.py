@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import backends, ops
+from . import backends, checks, ops
 from .served import HOOKS, parameter
 
 if TYPE_CHECKING:
@@ -125,6 +125,6 @@ class Inference:
         key = x.dtype, dtype, backend
         prepared = self._prepared.get(key)
         if prepared is None or not prepared.is_current():
-            ops.check(self._op, x, *self.arguments)
+            checks.check(self._op, x, *self.arguments)
             prepared = self._prepared[key] = prepare(*self.arguments, x_dtype=x.dtype, dtype=dtype)
         return prepared(x)
