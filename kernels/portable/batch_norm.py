@@ -14,36 +14,46 @@ Source: Ioffe and Szegedy 2015 (arXiv 1502.03167); merging of statistics: Chan e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..contract import ChannelStats, Norm, NormGrads, accumulator_dtype
+from ..contract import (
+    ChannelStats,
+    Norm,
+    NormGrads,
+    accumulator_dtype,
+    empty_channels_last,
+    in_channels_last,
+)
 from ..group import Group, join
 from .chunks import Chunk, Scratch, chunks
+
+_threshold_backward = torch.ops.aten.threshold_backward.grad_input
+_batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
+_ALL, _PARAMETERS = [True, True, True], [False, True, True]  # the gradients that it is asked for
 
 
 def rows(x: Tensor) -> Tensor:
     """[N, C, *spatial] as [M, C]; without a copy where it lies in channels-last memory."""
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        n, channels, height, width = x.shape
-        return x.as_strided((n * height * width, channels), (channels, 1))
     return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
 def images(x: Tensor, shape: Sequence[int]) -> Tensor:
     """Dense [M, C] as [N, C, *spatial] in channels-last memory, without a copy; ``shape`` is (N, *spatial)."""
-    if len(shape) == 3:
-        (n, height, width), channels = shape, x.shape[1]
-        strides = (height * width * channels, 1, width * channels, channels)
-        return x.as_strided((n, channels, height, width), strides)
     return x.view(*shape, x.shape[1]).movedim(-1, 1)
 
 
 def prefix(x: Tensor, channels: int) -> Tensor:
-    """The first channels of [M, C] or [C]."""
-    return x.narrow(-1, 0, channels)
+    """The first channels of [N, C, *spatial]."""
+    return x.narrow(1, 0, channels)
+
+
+def per_channel(vector: Tensor, dims: int) -> Tensor:
+    """[C] as it goes with [N, C, *spatial] of that many dimensions."""
+    return vector.view(-1, *[1] * (dims - 2))
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -83,6 +93,7 @@ class Affine(NamedTuple):
     shift: Tensor  # beta - mean * scale
     mean: Tensor
     rstd: Tensor
+    slope: Tensor  # scale * rstd
 
 
 def affines(norms: list[Norm], dtype: torch.dtype) -> list[Affine]:
@@ -95,7 +106,8 @@ def affines(norms: list[Norm], dtype: torch.dtype) -> list[Affine]:
     rstds = torch._foreach_rsqrt(torch._foreach_add(variances, [norm.eps for norm in norms]))
     scales = torch._foreach_mul(weights, rstds)
     shifts = torch._foreach_addcmul(biases, means, scales, value=-1)
-    return list(map(Affine, weights, scales, shifts, means, rstds))
+    slopes = torch._foreach_mul(scales, rstds)
+    return list(map(Affine, weights, scales, shifts, means, rstds, slopes))
 
 
 def affine(norm: Norm, dtype: torch.dtype) -> Affine:
@@ -104,41 +116,59 @@ def affine(norm: Norm, dtype: torch.dtype) -> Affine:
     mean, var = cast(norm.mean, dtype), cast(norm.var, dtype)
     rstd = var.add(norm.eps).rsqrt_()
     scale = weight * rstd
-    return Affine(weight, scale, torch.addcmul(bias, mean, scale, value=-1), mean, rstd)
+    return Affine(weight, scale, torch.addcmul(bias, mean, scale, value=-1), mean, rstd, scale * rstd)
 
 
-def affine_map(x: Tensor, vectors: Affine, out: Tensor) -> Tensor:
-    """scale * x + shift of [M, C], in the dtype of the vectors."""
-    return torch.addcmul(vectors.shift, cast(x, vectors.scale.dtype), vectors.scale, out=out)
+class AffineMap:
+    """``scale * x + shift`` of [N, C, *spatial] with as many dimensions as given; scale and shift are [C]."""
+
+    def __init__(self, scale: Tensor, shift: Tensor, dims: int):
+        self.scale, self.shift = per_channel(scale, dims), per_channel(shift, dims)
+
+    def into(self, out: Tensor) -> Callable[[Tensor], Tensor]:
+        """What writes that of x to ``out``, of the vectors' dtype, and returns it."""
+        return partial(torch.addcmul, self.shift, tensor2=self.scale, out=out)
 
 
-def affine_relu(x: Tensor, vectors: Affine, out: Tensor) -> Tensor:
-    """relu(scale * x + shift) of [M, C], in the dtype of the vectors. NaN propagates."""
-    return affine_map(x, vectors, out).relu_()
+class LateAffineMap(AffineMap):
+    """That of a BatchNorm whose statistics are not known yet, only where they will be."""
+
+    def __init__(self, norm: Norm, dtype: torch.dtype, dims: int):
+        self._norm, self._eps = [cast(vector, dtype) for vector in norm[:4]], norm.eps
+        self._scale, self._shift = torch.empty((2, len(norm.weight)), dtype=dtype, device=norm.weight.device)
+        super().__init__(self._scale, self._shift, dims)
+
+    def read(self) -> None:
+        """To be called when they are known, and before it is used."""
+        weight, bias, mean, var = self._norm
+        torch.add(var, self._eps, out=self._scale).rsqrt_().mul_(weight)
+        torch.addcmul(bias, mean, self._scale, value=-1, out=self._shift)
 
 
-def _as_norms_see(x: Tensor, chunk: Chunk) -> Tensor:
-    """A chunk's [M, C] in the layout that PyTorch's own norms would have it in, whose kernels differ in exactness.
+def _as_norms_see(x: Tensor) -> Tensor:
+    """[N, C, *spatial] in the layout that PyTorch's own norms would have it in, whose kernels differ in exactness.
 
-    As one image [1, C, M, 1] in channels-last memory; of sequences and volumes on CPUs contiguous, [1, C, M], whose
-    sums are exacter there.
+    Images as they are; volumes and sequences on CPUs contiguous, [1, C, M], whose sums are exacter there, and
+    elsewhere as an image [1, C, M, 1] in channels-last memory.
     """
-    if x.device.type == "cpu" and not chunk.is_of_images:
-        return x.t().contiguous().unsqueeze(0)
-    (pixels, channels), (step, inner) = x.shape, x.stride()
-    return x.as_strided((1, channels, pixels, 1), (pixels * step, inner, step, step))
+    if x.dim() == 4:
+        return x
+    if x.device.type == "cpu":
+        return x.movedim(1, 0).reshape(1, x.shape[1], -1).contiguous()
+    pixels = rows(x)
+    return images(pixels, (1, len(pixels), 1))
 
 
-def row_stats(x: Tensor, chunk: Chunk) -> ChannelStats:
-    """Mean and biased variance of each channel of a chunk's [M, C], in the accumulator dtype."""
-    x = _as_norms_see(cast(x, accumulator_dtype(x.dtype)), chunk)
+def tensor_stats(x: Tensor) -> ChannelStats:
+    """Mean and biased variance of each channel of [N, C, *spatial], in one pass, in the accumulator dtype."""
+    x = _as_norms_see(cast(x, accumulator_dtype(x.dtype)))
     return ChannelStats(*torch.batch_norm_update_stats(x, None, None, 0.0))
 
 
 def channel_stats(x: Tensor) -> ChannelStats:
     """Mean and biased variance of each channel of [N, C, *spatial], in the accumulator dtype."""
-    source, parts = rows(x), chunks(x.shape, x.device)
-    return merge_stats([row_stats(chunk.of(source).contiguous(), chunk) for chunk in parts], parts)
+    source, parts = in_channels_last(x), chunks(x.shape, x.device)
+    return merge_stats([tensor_stats(chunk.of(source)) for chunk in parts], parts)
 
 
 def zero_stats(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> ChannelStats:
@@ -160,32 +190,26 @@ def merge_stats(stats: list[ChannelStats], parts: Sequence[Chunk]) -> ChannelSta
 
 def mask_by_relu(dz: Tensor, z: Tensor, out: Tensor) -> Tensor:
     """da = dz * 1[z > 0], into ``out``, which may be dz."""
-    return torch.ops.aten.threshold_backward.grad_input(dz, z, 0, grad_input=out)
+    return _threshold_backward(dz, z, 0, grad_input=out)
 
 
-def norm_sums(da: Tensor, x: Tensor, vectors: Affine, chunk: Chunk) -> tuple[Tensor, Tensor]:
-    """s1 = sum(da) and s2 = sum(da * xhat), both [C], of a chunk's dense [M, C] of the accumulator dtype."""
-    _, s1, s2 = _native_backward(_as_norms_see(da, chunk), _as_norms_see(x, chunk), vectors, need_x=False)
-    return s1, s2
+def norm_backward(
+    vectors: Affine, need_x: bool, is_of_images: bool
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Of a norm: what takes da and the norm's input x, and returns dx, s1 and s2.
 
+    da and x are dense [N, C, *spatial] of the accumulator dtype; s1 = sum(da) and s2 = sum(da * xhat) are [C]. dx
+    is to be asked for where :func:`norms_at_once` holds, and means nothing otherwise.
+    """
+    rest = (vectors.weight, None, None, vectors.mean, vectors.rstd, True, 0.0, _ALL if need_x else _PARAMETERS)
 
-def norms_at_once(x: Tensor, acc: torch.dtype, parts: Sequence[Chunk], group: Group | None) -> bool:
-    """Whether :func:`norm_backward` serves x [M, C], cut into ``parts``."""
-    return x.dtype == acc and x.is_contiguous() and parts[0].is_of_images and group is None
+    def backward(da: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not is_of_images:
+            da, x = _as_norms_see(da), _as_norms_see(x)
+        dx, s2, s1 = _batch_norm_backward(da, x, *rest)
+        return dx, s1, s2
 
-
-def norm_backward(da: Tensor, x: Tensor, vectors: Affine) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [M, C], s1 and s2 of a norm with the statistics of its batch, which is all of da and x, dense [M, C]."""
-    dx, s1, s2 = _native_backward(images(da, (1, da.shape[0], 1)), images(x, (1, x.shape[0], 1)), vectors, need_x=True)
-    return rows(dx), s1, s2
-
-
-def _native_backward(da: Tensor, x: Tensor, vectors: Affine, need_x: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """dx of a norm with the statistics of its batch, if needed, s1 and s2, in one pass of PyTorch's own."""
-    dx, s2, s1 = torch.ops.aten.native_batch_norm_backward(
-        da, x, vectors.weight, None, None, vectors.mean, vectors.rstd, True, 0.0, [need_x, True, True]
-    )
-    return dx, s1, s2
+    return backward
 
 
 def add_up(sums: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -220,30 +244,44 @@ class Correction(NamedTuple):
             group.add_up(through.p, through.q)
         return through
 
+    def prefix(self, channels: int) -> Correction:
+        """That of the first channels, in the same memory."""
+        return Correction(*(vector[:channels] for vector in self))
+
+    def split(self, widths: list[int]) -> list[Correction]:
+        """Those of so many channels each, in the same memory."""
+        return list(map(Correction, *(vector.split(widths) for vector in self)))
+
     def add(self, norm: Affine, s1: Tensor, s2: Tensor, count: int) -> None:
-        """Of one more norm, of a batch of ``count`` pixels, that reads the first of these channels."""
-        channels = s1.shape[0]
-        self.p[:channels].addcmul_(norm.scale, s1, value=-1 / count)
-        self.q[:channels].addcmul_(norm.scale * norm.rstd, s2, value=-1 / count)
+        """Of one more norm, of a batch of ``count`` pixels."""
+        self.p.addcmul_(norm.scale, s1, value=-1 / count)
+        self.q.addcmul_(norm.slope, s2, value=-1 / count)
+
+    def per_channel(self, dims: int) -> Correction:
+        """As it goes with [N, C, *spatial] of that many dimensions."""
+        return Correction(*(per_channel(vector, dims) for vector in self))
 
 
-def input_gradient(
-    da: Tensor, scale: Tensor, x: Tensor, through: Correction | None, out: Tensor | None = None
-) -> Tensor:
-    """scale * da + p + q * (x - mean) of [M, C], of da's dtype; ``None`` for running statistics."""
+def input_gradient(da: Tensor, scale: Tensor, x: Tensor, through: Correction | None, out: Tensor) -> Tensor:
+    """scale * da + p + q * (x - mean) of [N, C, *spatial], in ``out`` of da's dtype.
+
+    The vectors are as they go with x; ``None`` for running statistics.
+    """
     if through is None:
         return torch.mul(da, scale, out=out)
-    centred = torch.sub(cast(x, da.dtype), through.mean, out=out)
-    return torch.addcmul(through.p, centred, through.q, out=centred).addcmul_(da, scale)
+    mean, p, q = through
+    torch.sub(x, mean, out=out)
+    return torch.addcmul(p, out, q, out=out).addcmul_(da, scale)
 
 
 def normed(x: Tensor, norm: Norm) -> Iterator[tuple[Chunk, Tensor]]:
     """BatchNorm of [N, C, *spatial], chunk by chunk in channels-last memory: a, to write to, good until the next."""
-    source, vectors = rows(x), affine(norm, accumulator_dtype(x.dtype))
+    vectors = affine(norm, accumulator_dtype(x.dtype))
+    affine_map = AffineMap(vectors.scale, vectors.shift, x.dim())
     scratch = Scratch(vectors.scale.dtype, x.device)
     for chunk in chunks(x.shape, x.device):
-        a = affine_map(chunk.of(source), vectors, scratch("a", chunk.pixels, x.shape[1]))
-        yield chunk, images(a, chunk.shape)
+        part = chunk.of(x)
+        yield chunk, affine_map.into(scratch("a", part.shape))(cast(part, vectors.scale.dtype))
 
 
 def normed_backward(write_da: Callable[[Chunk, Tensor, Tensor], None], x: Tensor, norm: Norm) -> NormGrads:
@@ -251,27 +289,30 @@ def normed_backward(write_da: Callable[[Chunk, Tensor, Tensor], None], x: Tensor
 
     That of x is of its dtype and in channels-last memory.
     """
-    source, vectors = rows(x), affine(norm, accumulator_dtype(x.dtype))
-    parts, acc = chunks(x.shape, x.device), vectors.scale.dtype
-    scratch = Scratch(acc, x.device)
-    group = join(norm.group, len(source), x.device)
-    at_once = norm.batch_stats and norms_at_once(source, acc, parts, group)
-    da, sums = torch.empty(source.shape, dtype=acc, device=x.device), []
+    acc, dims = accumulator_dtype(x.dtype), x.dim()
+    source, vectors = in_channels_last(x), affine(norm, acc)
+    affine_map = AffineMap(vectors.scale, vectors.shift, dims)
+    scratch, parts = Scratch(acc, x.device), chunks(x.shape, x.device)
+    count = x.numel() // x.shape[1]
+    group = join(norm.group, count, x.device)
+    at_once = norm.batch_stats and x.dtype == acc and dims == 4 and group is None
+    da, sums = empty_channels_last(x.shape, acc, x.device), []
+    backward = norm_backward(vectors, at_once, dims == 4)
     for chunk in parts:
-        size = (chunk.pixels, x.shape[1])
-        x_chunk = chunk.of(source) if at_once else scratch("x", *size).copy_(chunk.of(source))
-        a, part = affine_map(x_chunk, vectors, scratch("a", *size)), chunk.of(da)
-        write_da(chunk, images(a, chunk.shape), images(part, chunk.shape))
+        x_chunk, da_chunk = chunk.of(source), chunk.of(da)
+        if x.dtype != acc:
+            x_chunk = scratch("x", x_chunk.shape).copy_(x_chunk)
+        write_da(chunk, affine_map.into(scratch("a", x_chunk.shape))(x_chunk), da_chunk)
         if not at_once:
-            sums.append(norm_sums(part, x_chunk, vectors, chunk))
+            sums.append(backward(da_chunk, x_chunk)[1:])
     if at_once:
-        dx, s1, s2 = norm_backward(da, source, vectors)
+        dx, s1, s2 = backward(da, source)
     else:
-        dx = da if x.dtype == acc else torch.empty(source.shape, dtype=x.dtype, device=x.device)
+        dx = da if x.dtype == acc else empty_channels_last(x.shape, x.dtype, x.device)
         s1, s2 = add_up(sums)
-        through = Correction.of(vectors, s1, s2, len(source), group) if norm.batch_stats else None
+        through = Correction.of(vectors, s1, s2, count, group).per_channel(dims) if norm.batch_stats else None
         for chunk in parts:
-            out = scratch("x", chunk.pixels, x.shape[1])
-            chunk.of(dx).copy_(input_gradient(chunk.of(da), vectors.scale, chunk.of(source), through, out))
-    dx = images(dx, (x.shape[0], *x.shape[2:]))
+            x_chunk = chunk.of(source)
+            out = scratch("x", x_chunk.shape)
+            chunk.of(dx).copy_(input_gradient(chunk.of(da), affine_map.scale, x_chunk, through, out))
     return NormGrads(dx, cast(s2, norm.weight.dtype), cast(s1, norm.bias.dtype))

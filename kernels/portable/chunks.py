@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,20 +19,15 @@ _ROWS = 2048  # pixels that a chunk has at least, where the batch does: matrix p
 
 
 class Chunk(NamedTuple):
-    """Whole images of the batch: which, their rows in [M, C], and their shape."""
+    """Some images of the batch: which, how many, and how many pixels they have."""
 
     images: slice
-    rows: slice
+    size: int
     pixels: int
-    shape: tuple[int, ...]  # n, *spatial
-
-    @property
-    def is_of_images(self) -> bool:
-        return len(self.shape) == 3
 
     def of(self, x: Tensor) -> Tensor:
-        """Its rows of [M, C]; those of all images without a slice, which in a deep network adds up."""
-        return x if self.pixels == x.shape[0] else x[self.rows]
+        """Its part of [N, ...]; all of it without a slice, which in a deep network adds up."""
+        return x if self.size == len(x) else x[self.images]
 
 
 @functools.lru_cache(1024)  # a network has few shapes, and asks for each in every step
@@ -41,22 +38,28 @@ def chunks(shape: tuple[int, ...], device: torch.device, size: int = OF_A_PASS) 
     most = max(1, size // (4 * pixels * channels), _ROWS // pixels) if device.type == "cpu" else n
     parts = max(1, -(-n // most))
     bounds = [(i * n // parts, (i + 1) * n // parts) for i in range(parts)]
-    return tuple(
-        Chunk(slice(a, b), slice(a * pixels, b * pixels), (b - a) * pixels, (b - a, *spatial)) for a, b in bounds
-    )
+    return tuple(Chunk(slice(a, b), b - a, (b - a) * pixels) for a, b in bounds)
 
 
 class Scratch:
     """Temporaries that one pass after another writes again, so that they stay in cache; by name."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device):
-        self.dtype, self._device = dtype, device
+    def __init__(self, dtype: torch.dtype, device: torch.device, numel: int = 0):
+        """``numel``: of the largest that will be asked for, where views are to share one memory."""
+        self.dtype, self._device, self._numel = dtype, device, numel
         self._memory: dict[str, Tensor] = {}
 
-    def __call__(self, name: str, rows: int, channels: int) -> Tensor:
-        """[rows, channels], uninitialised, good until the next call with this name."""
-        memory = self._memory.get(name)
-        if memory is None or memory.numel() < rows * channels:
-            memory = torch.empty(rows * channels, dtype=self.dtype, device=self._device)
+    def __call__(self, name: str, shape: Sequence[int]) -> Tensor:
+        """[N, C, *spatial] in channels-last memory, uninitialised, good until the next call with this name."""
+        memory, numel = self._memory.get(name), math.prod(shape)
+        if memory is None or memory.numel() < numel:
+            memory = torch.empty(max(numel, self._numel), dtype=self.dtype, device=self._device)
             self._memory[name] = memory
-        return memory.as_strided((rows, channels), (channels, 1))
+        return memory.as_strided(shape, _channels_last_strides(tuple(shape)))
+
+
+@functools.lru_cache(1024)
+def _channels_last_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    _, channels, *spatial = shape
+    pixels = list(itertools.accumulate([channels, *reversed(spatial)], operator.mul))
+    return (pixels[-1], 1, *reversed(pixels[:-1]))

@@ -1,75 +1,85 @@
-"""The convolutions of a DenseNet, 1x1 and padded 3x3 without bias, in whichever stock form is the quickest."""
+"""The convolutions of a DenseNet, 1x1 and padded 3x3 without bias, in whichever stock form is the quickest.
+
+Each is prepared for tensors whose values come later, then called: what needs no values is done when it is prepared.
+"""
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from .batch_norm import images, rows
-from .chunks import Scratch
 
-_FEW = 1024  # pixels for which a CPU's matrix products are quicker than a 1x1 convolution's preparations
-
-
-def conv(z: Tensor, weight: Tensor, shape: Sequence[int], bias: Tensor | None = None) -> Tensor:
-    """Dense [M, C] of images of ``shape`` (N, *spatial), [K, C, 1 or 3, ...] -> [M, K]."""
-    if _is_product(z, weight):
-        columns = weight.flatten(1).t()
-        return torch.mm(z, columns) if bias is None else torch.addmm(bias, z, columns)
-    weight, shape = _planar(weight, shape)
-    ones, zeros, padding = _geometry(weight.shape[2:])
-    return rows(torch.convolution(images(z, shape), weight, bias, ones, padding, ones, False, zeros, 1))
+# Pixels for which a CPU's matrix products are quicker than a 1x1 convolution's preparations, in both directions.
+_FEW, _FEW_BACKWARD = 512, 64
+_convolution_backward = torch.ops.aten.convolution_backward.default
+_ALL, _INPUT = [True, True, False], [True, False, False]  # the gradients that it is asked for
 
 
-def conv_backward(
-    dy: Tensor, z: Tensor, weight: Tensor, shape: Sequence[int], need_weight: bool, scratch: Scratch | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """dz [M, C], in ``scratch`` where that serves, and the weight's gradient, from dense dy [M, K] and z."""
-    if _is_product(z, weight):
-        out = scratch("dz", *z.shape) if scratch is not None and scratch.dtype == z.dtype else None
-        dz = torch.mm(dy, weight.flatten(1), out=out)  # and z.t() @ dy is quicker than dy.t() @ z, turned and all
-        return dz, torch.mm(z.t(), dy).t().view(weight.shape) if need_weight else None
-    kernel, shape = _planar(weight, shape)
-    ones, zeros, padding = _geometry(kernel.shape[2:])
-    dz, dweight, _ = torch.ops.aten.convolution_backward(
-        images(dy, shape),
-        images(z, shape),
-        kernel,
-        None,
-        ones,
-        padding,
-        ones,
-        False,
-        zeros,
-        1,
-        [True, need_weight, False],
-    )
-    return rows(dz), dweight.view(weight.shape) if need_weight else None
+def conv(z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Callable[[], Tensor]:
+    """Of z [N, C, *spatial] in channels-last memory with [K, C, 1 or 3, ...]: what returns y [N, K, *spatial]."""
+    if _is_product(z, weight, _FEW):
+        pixels, columns, shape = rows(z), weight.flatten(1).t(), (len(z), *z.shape[2:])
+        if bias is None:
+            return lambda: images(torch.mm(pixels, columns), shape)
+        return lambda: images(torch.addmm(bias, pixels, columns), shape)
+    planar, kernel = _planar(z, weight), _planar_kernel(weight)
+    one, zero, padding = _geometry(kernel.shape[2:])
+    y = partial(torch.convolution, planar, kernel, bias, one, padding, one, False, zero, 1)
+    return y if planar is z else lambda: y().reshape(len(z), -1, *z.shape[2:])
 
 
-def _is_product(z: Tensor, weight: Tensor) -> bool:
-    return weight.shape[-1] == 1 and z.shape[0] <= _FEW and z.device.type == "cpu"
+def conv_backward(z: Tensor, weight: Tensor, need_weight: bool) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+    """Of the same: what takes dense dy [N, K, *spatial] and returns dz and the weight's gradient."""
+    if _is_product(z, weight, _FEW_BACKWARD):
+        columns, matrix, shape = rows(z).t(), weight.flatten(1), (len(z), *z.shape[2:])
+
+        def product_backward(dy: Tensor) -> tuple[Tensor, Tensor | None]:
+            dy = rows(dy)  # whose transpose times z is slower than to turn the product of this
+            dweight = torch.mm(columns, dy).t().view(weight.shape) if need_weight else None
+            return images(torch.mm(dy, matrix), shape), dweight
+
+        return product_backward
+
+    planar, kernel = _planar(z, weight), _planar_kernel(weight)
+    one, zero, padding = _geometry(kernel.shape[2:])
+    rest = (planar, kernel, None, one, padding, one, False, zero, 1, _ALL if need_weight else _INPUT)
+    if planar is z:
+        return lambda dy: _convolution_backward(dy, *rest)[:2]
+
+    def planar_backward(dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        dz, dweight, _ = _convolution_backward(_planar(dy, weight), *rest)
+        return dz.reshape(z.shape), dweight.view(weight.shape) if need_weight else None
+
+    return planar_backward
 
 
-def _planar(weight: Tensor, shape: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
-    """A kernel and the shape of its input as those of images, where that changes nothing.
+def _is_product(z: Tensor, weight: Tensor, few: int) -> bool:
+    return weight.shape[-1] == 1 and z.device.type == "cpu" and z.numel() <= few * z.shape[1]
+
+
+def _planar(x: Tensor, weight: Tensor) -> Tensor:
+    """A convolution's input or output as that of images, where that changes nothing.
 
     A sequence is an image of one row. A 1x1 convolution does not know its pixels' neighbours, and as one of volumes it
     takes PyTorch twice as long.
     """
-    dims = weight.dim()
-    if dims == 4 or (dims == 5 and weight.shape[-1] != 1):
-        return weight, shape
-    weight = weight.unsqueeze(2) if dims == 3 else weight.squeeze(2)
-    n, *spatial = shape
-    return weight, (n, math.prod(spatial[:-1]), spatial[-1])
+    if x.dim() == 3:
+        return x.unsqueeze(2)
+    return x.flatten(2, 3) if x.dim() == 5 and weight.shape[-1] == 1 else x
 
 
-@functools.cache
+def _planar_kernel(weight: Tensor) -> Tensor:
+    """[K, C, 1 or 3, ...], likewise."""
+    if weight.dim() == 3:
+        return weight.unsqueeze(2)
+    return weight.squeeze(2) if weight.dim() == 5 and weight.shape[-1] == 1 else weight
+
+
+@cache
 def _geometry(kernel: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
     """Ones, zeros and the padding, for each spatial dimension of a kernel."""
     return [1] * len(kernel), [0] * len(kernel), [size // 2 for size in kernel]

@@ -15,13 +15,16 @@ norm1 reads it. In backward the gradient of X is gathered raw, layers last to fi
 and the true gradient ``G + P + Q * (x - mean)`` is formed only for channels about to be consumed: the k
 channels of layer l when its own backward begins, the block's input at the end.
 
-The work is cut into chunks of whole images so that what a pass makes is still in cache in the next.
+The work is cut into chunks of whole images so that what a pass makes is still in cache in the next. Their views are
+made and their kernels prepared before the first one runs: a kernel sweeps the caches, and a line of Python after it
+takes several times as long as one after another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import repeat
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,13 +39,14 @@ from ..contract import (
     empty_channels_last,
     in_channels_last,
 )
-from ..group import Group, join
+from ..group import join
 from .batch_norm import (
     Affine,
+    AffineMap,
     Correction,
+    LateAffineMap,
     add_up,
     affine,
-    affine_relu,
     affines,
     cast,
     channel_stats,
@@ -53,185 +57,265 @@ from .batch_norm import (
     mask_by_relu,
     merge_stats,
     norm_backward,
-    norm_sums,
-    norms_at_once,
     prefix,
-    row_stats,
     rows,
+    tensor_stats,
     zero_stats,
 )
-from .chunks import OF_A_BLOCK, Chunk, Scratch, chunks
+from .chunks import OF_A_BLOCK, Scratch, chunks
 from .conv import conv, conv_backward
 
 
+class _Half(NamedTuple):
+    """Half a layer: norm, ReLU and convolution of a source."""
+
+    shape: tuple[int, ...]  # of the source: N, C, *spatial
+    weight: Tensor  # of the convolution
+    mask: Tensor | None  # of its dropout
+
+
 class _Block:
-    """The layers of one call, each split in its halves."""
+    """What the layers of one call share."""
 
-    def __init__(self, layers: DenseLayers, dtype: torch.dtype):
-        device = layers.conv1_weight[0].device
-        self.dtype, self.acc, self.compute = dtype, accumulator_dtype(dtype), gemm_dtype(dtype, device)
-        self.scratch, self.keep_scale = Scratch(self.acc, device), layers.keep_scale
-        self._conv1, self._conv1_mask = layers.conv1_weight, layers.bottleneck_mask
-        self._growth, self._growth_mask = layers.growth_weight, layers.growth_mask
+    def __init__(self, out: Tensor, layers: DenseLayers, dtype: torch.dtype):
+        """``out`` is X."""
+        n, channels, *spatial = out.shape
+        self.dtype, self.acc, self.compute = dtype, accumulator_dtype(dtype), gemm_dtype(dtype, out.device)
+        self.keep_scale = layers.keep_scale
+        self.group = join(layers.group, out.numel() // channels, out.device)
 
-    def bottleneck(self, layer: int, norm1: Affine) -> _NormReluConv:
-        """norm1-ReLU-conv1x1: prefix of X -> h."""
-        return _NormReluConv(self, norm1, self._conv1[layer], self._conv1_mask[layer] if self._conv1_mask else None)
+        def halves(weights: list[Tensor], masks: list[Tensor]) -> list[_Half]:
+            return [
+                _Half((n, weight.shape[1], *spatial), weight, masks[layer] if masks else None)
+                for layer, weight in enumerate(weights)
+            ]
 
-    def growth(self, layer: int, norm: Affine) -> _NormReluConv:
-        """norm-ReLU-conv3x3: h (or the prefix, without bottlenecks) -> the new channels."""
-        return _NormReluConv(self, norm, self._growth[layer], self._growth_mask[layer] if self._growth_mask else None)
+        masks = layers.bottleneck_mask if layers.has_bottleneck else layers.growth_mask
+        self.firsts = halves(layers.conv1_weight, masks)  # of prefixes of X
+        self.seconds = halves(layers.conv2_weight, layers.growth_mask)  # of bottlenecks
+        parts = [(half, chunk) for half in self.firsts + self.seconds for chunk in chunks(half.shape, out.device)]
+        self.scratch = Scratch(self.acc, out.device, max(chunk.pixels * half.shape[1] for half, chunk in parts))
 
-    def input_gradients(
-        self, da: Tensor, norm: Affine, source: Tensor, through: Correction | None, parts: Sequence[Chunk]
-    ) -> Iterator[Tensor]:
-        """Those of a norm, chunk by chunk [m, C], each good until the next."""
-        for chunk in parts:
-            out = self.scratch("dx", chunk.pixels, da.shape[1])
-            yield input_gradient(chunk.of(da), norm.scale, chunk.of(source), through, out)
+    def conv(self, z: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+        """What convolves z, of the accumulator dtype, in the dtype for that, and returns y of the block's."""
+        if self.compute == self.dtype == z.dtype:
+            return conv(z, cast(weight, self.compute))
+        return lambda: cast(conv(cast(z, self.compute), cast(weight, self.compute))(), self.dtype)
+
+    def conv_backward(
+        self, z: Tensor, weight: Tensor, need_weight: bool
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+        """What takes dy and returns dz and the weight's gradient, both of the accumulator dtype."""
+        compute = self.compute
+        if compute == z.dtype:
+            return conv_backward(z, cast(weight, compute), need_weight)
+
+        def backward(dy: Tensor) -> tuple[Tensor, Tensor | None]:
+            dz, dweight = conv_backward(cast(z, compute), cast(weight, compute), need_weight)(cast(dy, compute))
+            return cast(dz, z.dtype), None if dweight is None else cast(dweight, z.dtype)
+
+        return backward
+
+    def store(self, stats: ChannelStats, where: ChannelStats) -> None:
+        """Statistics of this process's pixels, as everyone's."""
+        if self.group is not None:
+            self.group.merge(stats)
+        where.mean.copy_(stats.mean)
+        where.var.copy_(stats.var)
 
 
-class _NormReluConv:
-    """Half a layer, ``conv(relu(norm(source)))`` with 1x1 or padded 3x3, over the rows of a source [M, C]."""
+class _NormRelu:
+    """``relu(norm(source))`` of half a layer, by chunk."""
 
-    def __init__(self, block: _Block, vectors: Affine, weight: Tensor, mask: Tensor | None):
-        self.block, self.vectors, self.mask = block, vectors, mask
-        self.weight = cast(weight, block.compute)
-        self.dweight: Tensor
+    def __init__(self, block: _Block, half: _Half, norm: AffineMap):
+        self.block, self.chunks, self.norm = block, chunks(half.shape, half.weight.device), norm
+        self._z = [block.scratch("z", (chunk.size, *half.shape[1:])) for chunk in self.chunks]
+        self._normalise = [norm.into(z) for z in self._z]
+        self._masks = [] if half.mask is None else self.cut(half.mask)
 
-    def forward(
-        self, source: Tensor, parts: Sequence[Chunk], want_stats: bool, out: Tensor | None = None
-    ) -> tuple[Tensor, ChannelStats | None]:
-        """The output [M, K], in ``out`` if given, and its statistics, if wanted."""
-        stats = []
-        if out is None and len(parts) > 1:
-            out = source.new_empty((source.shape[0], self.weight.shape[0]), dtype=self.block.dtype)
-        for chunk in parts:
-            z = self._prologue(chunk.of(source), chunk)
-            y = cast(conv(cast(z, self.block.compute), self.weight, chunk.shape), self.block.dtype)
-            if self.mask is not None:
-                self._drop(y, self.mask[chunk.images])
-            if out is None:
-                out = y
-            else:
-                chunk.of(out).copy_(y)
-            if want_stats:
-                stats.append(row_stats(y, chunk))
-        assert out is not None
-        return out, merge_stats(stats, parts) if want_stats else None
+    def cut(self, x: Tensor) -> list[Tensor]:
+        """[N, ...] by chunk."""
+        return [chunk.of(x) for chunk in self.chunks]
 
-    def backward(
-        self,
-        dys: Iterable[Tensor],
-        source: Tensor,
-        parts: Sequence[Chunk],
-        need_weight: bool,
-        out: Tensor | None = None,
-    ) -> Iterator[tuple[Chunk, Tensor, Tensor]]:
-        """Yield each chunk with its x and da [m, C], from its gradient dy [m, K], which it overwrites.
+    def _drop(self, y: Tensor, chunk: int) -> None:
+        y.mul_(self._masks[chunk]).mul_(self.block.keep_scale)
 
-        da is gathered in ``out`` [M, C] if given; when all are consumed, ``dweight`` is the weight's gradient.
+
+class _Forward(_NormRelu):
+    """Half a layer, ``conv(relu(norm(source)))``."""
+
+    def __init__(self, block: _Block, half: _Half, norm: AffineMap):
+        super().__init__(block, half, norm)
+        self._shape = (half.shape[0], len(half.weight), *half.shape[2:])
+        self._conv = [block.conv(z, half.weight) for z in self._z]
+
+    def __call__(
+        self, source: list[Tensor], stats: ChannelStats | None = None, out: list[Tensor] | None = None
+    ) -> Tensor:
+        """The output [N, K, *spatial], or ``out`` by chunk where that is given; its statistics go to ``stats``."""
+        whole, found = None, []
+        if out is None and len(source) > 1:
+            whole = empty_channels_last(self._shape, self.block.dtype, source[0].device)
+            out = self.cut(whole)
+        for i, x in enumerate(source):
+            self._normalise[i](x).relu_()
+            y = self._conv[i]()
+            if self._masks:
+                self._drop(y, i)
+            if out is not None:
+                out[i].copy_(y)
+            if stats is not None:
+                found.append(tensor_stats(y))
+        if stats is not None:
+            self.block.store(merge_stats(found, self.chunks), stats)
+        return y if whole is None else whole
+
+
+class _Backward(_NormRelu):
+    """The backward of half a layer."""
+
+    def __init__(self, block: _Block, half: _Half, vectors: Affine, need_weight: bool, copy: bool, at_once: bool):
+        """``copy``: the source is not dense or of another dtype; kernels that are not elementwise get a copy.
+
+        ``at_once``: the norm's backward is one pass of PyTorch's own over all chunks.
         """
-        acc, compute, scratch = self.block.acc, self.block.compute, self.block.scratch
-        for chunk, dy in zip(parts, dys, strict=True):
-            x = chunk.of(source)
-            if x.dtype != acc or not x.is_contiguous():
-                x = scratch("x", chunk.pixels, x.shape[1]).copy_(x)
-            z = self._prologue(x, chunk)
-            if self.mask is not None:
-                self._drop(dy, self.mask[chunk.images])
-            dz, dweight = conv_backward(
-                cast(dy, compute), cast(z, compute), self.weight, chunk.shape, need_weight, scratch
-            )
-            if dweight is not None:
-                dweight = cast(dweight, acc)
-                self.dweight = dweight if chunk is parts[0] else self.dweight.add_(dweight)
-            dz = cast(dz, acc)
-            yield chunk, x, mask_by_relu(dz, z, out=dz if out is None else chunk.of(out))
+        dims = len(half.shape)
+        super().__init__(block, half, AffineMap(vectors.scale, vectors.shift, dims))
+        self._x = [block.scratch("x", z.shape) for z in self._z] if copy else []
+        self._conv_backward = [block.conv_backward(z, half.weight, need_weight) for z in self._z]
+        self.vectors, self.norm_backward, self.at_once = vectors, norm_backward(vectors, at_once, dims == 4), at_once
+        self.dweight: Tensor | None = None
+        self.sums: Sequence[Tensor | None] = (None, None)  # the norm's
 
-    def _prologue(self, x: Tensor, chunk: Chunk) -> Tensor:
-        """z [m, C] in the accumulator dtype, good until the next."""
-        return affine_relu(x, self.vectors, self.block.scratch("z", chunk.pixels, x.shape[1]))
+    def __call__(
+        self, dys: Iterable[Tensor], source: list[Tensor], out: list[Tensor] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield x and da of each chunk, da in ``out`` if given, from its gradient dy, which it overwrites.
 
-    def _drop(self, y: Tensor, mask: Tensor) -> None:
-        y.mul_(rows(mask)).mul_(self.block.keep_scale)
+        When all are consumed, ``dweight`` is the weight's gradient.
+        """
+        for i, (dy, x) in enumerate(zip(dys, source, strict=True)):
+            if self._x:
+                x = self._x[i].copy_(x)
+            z = self._normalise[i](x).relu_()
+            if self._masks:
+                self._drop(dy, i)
+            dz, dweight = self._conv_backward[i](dy)
+            if self.dweight is None or dweight is None:
+                self.dweight = dweight
+            else:
+                self.dweight.add_(dweight)
+            yield x, mask_by_relu(dz, z, out=dz if out is None else out[i])
 
 
 def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottleneck: bool) -> DenseBlockOutput:
     """Forward with whichever statistics the norms ask for; convolutions compute in ``dtype``."""
     n, c0, *spatial = x.shape
-    block = _Block(layers, dtype)
+    depth, growth_rate, dims = layers.num_layers, layers.growth_rate, x.dim()
     store = torch.promote_types(x.dtype, dtype)
-    out = empty_channels_last((n, layers.output_channels, *spatial), store, x.device)
-    shared = rows(out)  # X
+    out = empty_channels_last((n, layers.output_channels, *spatial), store, x.device)  # X
     stats = zero_stats((layers.output_channels,), store, x.device)
-    bottleneck_stats: list[ChannelStats] = []
+    bottleneck_stats = zero_stats((depth, layers.bottleneck_channels), store, x.device)
     share_stats = any(layers.norm1_batch_stats)
-    bottleneck: list[Tensor] = []
-    group = join(layers.group, len(shared), x.device)
 
-    has_bottleneck, growth_rate, device = layers.has_bottleneck, layers.growth_rate, x.device
-    widths = [c0] + [growth_rate] * layers.num_layers
-    written = list(zip(*(tensor.split(widths, -1) for tensor in (shared, *stats)), strict=True))  # by x, layer 0, ...
-    first, *first_stats = written[0]
-    first.copy_(rows(x))
+    block = _Block(out, layers, dtype)
+    widths = [c0] + [growth_rate] * depth
+    first, *written = out.split(widths, 1)  # by x, layer 0, ...
+    first_stats, *written_stats = map(ChannelStats, *(vector.split(widths) for vector in stats))
+    hidden_stats = list(map(ChannelStats, *bottleneck_stats))
+    norms1 = [LateAffineMap(layers.norm1(i, stats), block.acc, dims) for i in range(depth)]
+    norms2 = [LateAffineMap(layers.norm2(i, hidden_stats[i]), block.acc, dims) for i in range(len(block.seconds))]
+    firsts = [_Forward(block, half, norm) for half, norm in zip(block.firsts, norms1, strict=True)]
+    seconds = [_Forward(block, half, norm) for half, norm in zip(block.seconds, norms2, strict=True)]
+    sources = [half.cut(prefix(out, c0 + layer * growth_rate)) for layer, half in enumerate(firsts)]
+    targets = [half.cut(new) for half, new in zip(seconds or firsts, written, strict=True)]
+
+    first.copy_(x)
     if share_stats:
-        _store(channel_stats(x), first_stats, group)
-    channels = c0
-    for layer, (new, *new_stats) in enumerate(written[1:]):
-        parts = chunks((n, channels, *spatial), device)
-        source, norm = prefix(shared, channels), layers.norm1(layer, stats)
-        if has_bottleneck:
-            use_batch = layers.norm2_batch_stats[layer]
-            hidden, hidden_stats = block.bottleneck(layer, affine(norm, block.acc)).forward(source, parts, use_batch)
+        block.store(channel_stats(x), first_stats)
+    bottleneck: list[Tensor] = []
+    for layer, half in enumerate(firsts):
+        source = sources[layer]
+        norms1[layer].read()
+        if seconds:
+            hidden = half(source, hidden_stats[layer] if layers.norm2_batch_stats[layer] else None)
             if save_bottleneck:
                 bottleneck.append(hidden)
-            if hidden_stats is None:
-                hidden_stats = zero_stats((layers.bottleneck_channels,), store, device)
-            elif group is not None:
-                group.merge(hidden_stats)
-            bottleneck_stats.append(hidden_stats)
-            source, norm = hidden, layers.norm2(layer, hidden_stats)
-        _, found = block.growth(layer, affine(norm, block.acc)).forward(source, parts, share_stats, out=new)
-        if found is not None:
-            _store(found, new_stats, group)
-        channels += growth_rate
-
-    if not bottleneck_stats:
-        return DenseBlockOutput(out, bottleneck, *stats, *zero_stats((layers.num_layers, 0), store, x.device))
-    return DenseBlockOutput(out, bottleneck, *stats, *map(torch.stack, zip(*bottleneck_stats, strict=True)))
+            half = seconds[layer]
+            source = half.cut(hidden)
+            norms2[layer].read()
+        half(source, written_stats[layer] if share_stats else None, targets[layer])
+    return DenseBlockOutput(out, list(map(rows, bottleneck)), *stats, *bottleneck_stats)
 
 
 def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) -> Tensor:
-    """Forward with running statistics, norm2 folded into conv1: X alone, [N, C_L, H, W]."""
+    """Forward with running statistics, norm2 folded into conv1: X alone, [N, C_L, *spatial]."""
     n, c0, *spatial = x.shape
+    depth, growth_rate, dims = layers.num_layers, layers.growth_rate, x.dim()
     store = torch.promote_types(x.dtype, dtype)
     acc, compute = accumulator_dtype(store), gemm_dtype(dtype, x.device)
     unread = zero_stats((0,), store, x.device)
-    norm1 = affines([layers.norm1(layer, unread) for layer in range(layers.num_layers)], acc)
+    norms1 = affines([layers.norm1(layer, unread) for layer in range(depth)], acc)
+    maps = [AffineMap(norm.scale, norm.shift, dims) for norm in norms1]
     conv1 = []
-    if layers.has_bottleneck:
-        for layer, weight in enumerate(layers.conv1_weight):
-            norm2 = affine(layers.norm2(layer, unread), acc)
-            folded = cast(weight, acc) * norm2.scale.view(-1, *[1] * (x.dim() - 1))
-            conv1.append((cast(folded, compute), cast(norm2.shift, compute)))
+    for layer, weight in enumerate(layers.conv1_weight if layers.has_bottleneck else []):
+        norm2 = affine(layers.norm2(layer, unread), acc)
+        folded = cast(weight, acc) * norm2.scale.view(-1, *[1] * (dims - 1))
+        conv1.append((cast(folded, compute), cast(norm2.shift, compute)))
     growth = [cast(weight, compute) for weight in layers.growth_weight]
 
     out = empty_channels_last((n, layers.output_channels, *spatial), store, x.device)
-    shared = rows(out)
-    shared[:, :c0] = rows(x)
-    scratch = Scratch(acc, x.device)
-    for chunk in chunks((n, layers.output_channels, *spatial), x.device, OF_A_BLOCK):  # through every layer in cache
-        part = chunk.of(shared)
+    prefix(out, c0).copy_(x)
+    parts = chunks(out.shape, x.device, OF_A_BLOCK)
+    scratch = Scratch(acc, x.device, max(chunk.pixels for chunk in parts) * (layers.output_channels - growth_rate))
+    for chunk in parts:  # through every layer in cache
+        part = chunk.of(out)
+        sources = [prefix(part, c0 + layer * growth_rate) for layer in range(depth)]
+        targets = part.split([c0] + [growth_rate] * depth, 1)[1:]
+        temporaries = [scratch("z", source.shape) for source in sources]
         for layer, weight in enumerate(growth):
-            channels = c0 + layer * layers.growth_rate
-            z = affine_relu(part[:, :channels], norm1[layer], scratch("z", chunk.pixels, channels))
-            z = cast(z, compute)
-            if layers.has_bottleneck:
-                folded, bias = conv1[layer]
-                z = conv(z, folded, chunk.shape, bias).relu_()
-            part[:, channels : channels + layers.growth_rate] = cast(conv(z, weight, chunk.shape), dtype)
+            z = cast(maps[layer].into(temporaries[layer])(sources[layer]).relu_(), compute)
+            if conv1:
+                z = conv(z, *conv1[layer])().relu_()
+            targets[layer].copy_(cast(conv(z, weight)(), dtype))
     return out
+
+
+class _GradientOfX:
+    """That of X, gathered raw by the layers that read it, last to first."""
+
+    def __init__(self, grad_out: Tensor, output: DenseBlockOutput, layers: DenseLayers, block: _Block):
+        n, channels, *spatial = output.out.shape
+        k, before = layers.growth_rate, channels - layers.growth_rate
+        self.given = in_channels_last(cast(grad_out, block.acc))
+        self.raw = self.given  # G; where that is not memory of our own, the last layer leaves it there
+        if self.given is grad_out:
+            self.raw = empty_channels_last((n, before, *spatial), block.acc, grad_out.device)
+        self.through = Correction.none(output.mean)  # P and Q
+        self.dy = empty_channels_last((n, k, *spatial), block.acc, grad_out.device)
+
+        widths = [layers.input_channels] + [k] * layers.num_layers
+        raw = [*prefix(self.raw, before).split(widths[:-1], 1), self.given.narrow(1, before, k)]
+        through = self.through.per_channel(grad_out.dim()).split(widths)
+        self._written = list(zip(raw, output.out.split(widths, 1), through, strict=True))  # by x, layer 0, ...
+        self._use_batch, self._group = any(layers.norm1_batch_stats), block.group
+        self._one = torch.ones((), dtype=block.acc, device=grad_out.device)
+
+    def of_layer(self, layer: int) -> Tensor:
+        """The true one of what a layer wrote, good until the next."""
+        return self._formed(layer + 1, self.dy)
+
+    def of_input(self) -> Tensor:
+        """That of the block's input."""
+        raw, _, _ = self._written[0]
+        return self._formed(0, empty_channels_last(raw.shape, raw.dtype, raw.device))
+
+    def _formed(self, writer: int, out: Tensor) -> Tensor:
+        """G + P + Q * (x - mean) of the channels of one writer."""
+        raw, x, through = self._written[writer]
+        if self._use_batch and self._group is not None:
+            self._group.add_up(through.p, through.q)
+        return input_gradient(raw, self._one, x, through if self._use_batch else None, out)
 
 
 def dense_block_backward(
@@ -243,106 +327,78 @@ def dense_block_backward(
     needs: DenseBlockNeeds,
 ) -> DenseBlockGrads:
     """Gradients from that of X, for an input of ``x_dtype``. Bottlenecks that were not kept are made again."""
-    n, channels, *spatial = output.out.shape
-    block = _Block(layers, dtype)
-    shared = rows(output.out)
-    acc = accumulator_dtype(shared.dtype)
-    count, device = shared.shape[0], shared.device
+    n, _, *spatial = output.out.shape
+    block, count = _Block(output.out, layers, dtype), n * math.prod(spatial)
     stats = ChannelStats(output.mean, output.var)
-    bottleneck_stats = ChannelStats(output.bottleneck_mean, output.bottleneck_var)
-    use_batch = any(layers.norm1_batch_stats)
-    group = join(layers.group, count, device)
-    through = Correction.none(stats.mean)  # P and Q
-    has_bottleneck, growth_rate, width = layers.has_bottleneck, layers.growth_rate, layers.bottleneck_channels
-    widths = [layers.input_channels] + [growth_rate] * layers.num_layers
-    written = list(zip(*(tensor.split(widths, -1) for tensor in (shared, *through)), strict=True))  # by x, layer 0, ...
-    given = in_channels_last(cast(grad_out, acc))
-    raw = rows(given)  # G: as it came, for the last layer, which leaves it in memory of our own
-    before = channels - growth_rate  # of the last layer
-    grad = torch.empty((count, before), dtype=acc, device=device) if given is grad_out else raw
-    shares = [*prefix(grad, before).split(widths[:-1], -1), raw.narrow(-1, before, growth_rate)]
-    one = torch.ones((), dtype=acc, device=device)
-    first_layer = needs.first_layer()
-    norms1 = affines([layers.norm1(layer, stats) for layer in range(layers.num_layers)], acc)
-    norms2 = affines([layers.norm2(i, _at(bottleneck_stats, i)) for i in range(len(layers.norm2_weight))], acc)
-    parameters = (
-        layers.norm1_weight, layers.norm1_bias, layers.conv1_weight,
-        layers.norm2_weight, layers.norm2_bias, layers.conv2_weight,
-    )  # fmt: skip
-    gradients: list[list[Tensor | None]] = [[None] * len(tensors) for tensors in parameters]
-    dnorm1_weight, dnorm1_bias, dconv1_weight, dnorm2_weight, dnorm2_bias, dconv2_weight = gradients
+    hidden_stats = list(map(ChannelStats, output.bottleneck_mean, output.bottleneck_var))
+    norms1 = affines([layers.norm1(i, stats) for i in range(len(block.firsts))], block.acc)
+    norms2 = affines([layers.norm2(i, hidden_stats[i]) for i in range(len(block.seconds))], block.acc)
+    is_wide = block.dtype == block.acc
+    at_once = is_wide and len(spatial) == 2 and block.group is None
+    firsts = [
+        _Backward(block, half, norm, need_weight, copy=True, at_once=False)
+        for half, norm, need_weight in zip(block.firsts, norms1, needs.conv1, strict=True)
+    ]
+    seconds = [
+        _Backward(block, half, norm, need_weight, copy=not is_wide, at_once=at_once and batch_stats)
+        for half, norm, need_weight, batch_stats in zip(
+            block.seconds, norms2, needs.conv2, layers.norm2_batch_stats, strict=True
+        )
+    ]
+    gradient = _GradientOfX(grad_out, output, layers, block)
+    sources, gathered, throughs = [], [], []  # of each layer: what it reads of X, and adds to of G, P and Q
+    for half, norm in zip(firsts, norms1, strict=True):
+        channels = len(norm.scale)
+        sources.append(half.cut(prefix(output.out, channels)))
+        gathered.append(half.cut(prefix(gradient.raw, channels)))
+        throughs.append(gradient.through.prefix(channels))
+    so_far = [*gathered[:-1], half.cut(prefix(gradient.given, channels))]
+    hiddens = [images(hidden, (n, *spatial)) for hidden in output.bottleneck]
+    again = []  # what makes the bottlenecks that were not kept
+    if seconds and not hiddens:
+        again = [_Forward(block, half, first.norm) for half, first in zip(block.firsts, firsts, strict=True)]
+    da = None  # of a bottleneck, where it is made in more than one chunk
+    if seconds and len(seconds[0].chunks) > 1:
+        da = empty_channels_last((n, layers.bottleneck_channels, *spatial), block.acc, grad_out.device)
 
-    def true_gradient(writer: int) -> Tensor:
-        """G + P + Q * (x - mean) of the channels of one writer, [M, k]."""
-        x, mean, p, q = written[writer]
-        if group and use_batch:
-            group.add_up(p, q)
-        return input_gradient(shares[writer], one, x, Correction(mean, p, q) if use_batch else None)
+    def gradients_of_hidden(layer: int, dy: Tensor) -> Iterable[Tensor]:
+        """Those of a bottleneck, by the chunks of the first half, each good until the next."""
+        first, second, sums = firsts[layer], seconds[layer], []
+        hidden = again[layer](sources[layer]) if again else hiddens[layer]
+        for x, part in second(second.cut(dy), second.cut(hidden), None if da is None else second.cut(da)):
+            if not second.at_once:
+                sums.append(second.norm_backward(part, x)[1:])
+        whole = part if da is None else da
+        if second.at_once:
+            dhidden, *second.sums = second.norm_backward(whole, hidden)
+            yield from first.cut(dhidden)
+            return
+        second.sums = add_up(sums)
+        through = None
+        if layers.norm2_batch_stats[layer]:
+            through = Correction.of(second.vectors, *second.sums, count, block.group).per_channel(hidden.dim())
+        for part, x in zip(first.cut(whole), first.cut(hidden), strict=True):
+            yield input_gradient(part, second.norm.scale, x, through, block.scratch("dx", part.shape))
 
-    for layer in reversed(range(first_layer, layers.num_layers)):
-        channels -= growth_rate
-        parts = chunks((n, channels, *spatial), device)
-        source, norm1 = prefix(shared, channels), norms1[layer]
-        dy = true_gradient(layer + 1)
-        if has_bottleneck:
-            first = block.bottleneck(layer, norm1)
-            hidden = output.bottleneck[layer] if output.bottleneck else first.forward(source, parts, False)[0]
-            norm2, uses_batch = norms2[layer], layers.norm2_batch_stats[layer]
-            second, narrow = block.growth(layer, norm2), chunks((n, width, *spatial), device)
-            at_once, sums = uses_batch and norms_at_once(hidden, acc, narrow, group), []
-            da = torch.empty(hidden.shape, dtype=acc, device=device) if len(narrow) > 1 else None
-            dys: Iterable[Tensor] = map(Chunk.of, narrow, repeat(dy))
-            for chunk, x, part in second.backward(dys, hidden, narrow, needs.conv2[layer], da):
-                if not at_once:
-                    sums.append(norm_sums(part, x, norm2, chunk))
-            da = part if da is None else da
-            if at_once:
-                dhidden, s1, s2 = norm_backward(da, hidden, norm2)
-                dys = map(Chunk.of, parts, repeat(dhidden))
-            else:
-                s1, s2 = add_up(sums)
-                own = Correction.of(norm2, s1, s2, count, group) if uses_batch else None
-                dys = block.input_gradients(da, norm2, hidden, own, parts)
-            dnorm2_weight[layer] = cast(s2, layers.norm2_weight[layer].dtype)
-            dnorm2_bias[layer] = cast(s1, layers.norm2_bias[layer].dtype)
-            if needs.conv2[layer]:
-                dconv2_weight[layer] = laid_out_as(second.dweight, layers.conv2_weight[layer])
-        else:
-            first = block.growth(layer, norm1)
-            dys = map(Chunk.of, parts, repeat(dy))
-
-        so_far, read, sums = prefix(raw, channels), prefix(grad, channels), []
-        for chunk, x, da in first.backward(dys, source, parts, needs.conv1[layer]):
-            sums.append(norm_sums(da, x, norm1, chunk))
-            torch.addcmul(chunk.of(so_far), da, norm1.scale, out=chunk.of(read))
-        raw = grad
-        s1, s2 = add_up(sums)
+    for layer in reversed(range(needs.first_layer(), len(firsts))):
+        dy, first, sums = gradient.of_layer(layer), firsts[layer], []
+        parts = first(gradients_of_hidden(layer, dy) if seconds else first.cut(dy), sources[layer])
+        for (x, part), before, after in zip(parts, so_far[layer], gathered[layer], strict=True):
+            sums.append(first.norm_backward(part, x)[1:])
+            torch.addcmul(before, part, first.norm.scale, out=after)
+        first.sums = add_up(sums)
         if layers.norm1_batch_stats[layer]:
-            through.add(norm1, s1, s2, count)
-        dnorm1_weight[layer] = cast(s2, layers.norm1_weight[layer].dtype)
-        dnorm1_bias[layer] = cast(s1, layers.norm1_bias[layer].dtype)
-        if needs.conv1[layer]:
-            dconv1_weight[layer] = laid_out_as(first.dweight, layers.conv1_weight[layer])
+            throughs[layer].add(first.vectors, *first.sums, count)
 
-    dx = shared.new_empty(0)
-    if needs.x:
-        dx = images(cast(true_gradient(0), x_dtype), (n, *spatial))
     return DenseBlockGrads(
-        dx,
-        *(
-            [p.new_empty(0) if gradient is None else gradient for gradient, p in zip(*pair, strict=True)]
-            for pair in zip(gradients, parameters, strict=True)
-        ),
+        cast(gradient.of_input(), x_dtype) if needs.x else grad_out.new_empty(0),
+        *_gradients(firsts, layers.norm1_weight, layers.norm1_bias, layers.conv1_weight),
+        *_gradients(seconds, layers.norm2_weight, layers.norm2_bias, layers.conv2_weight),
     )
 
 
-def _store(stats: ChannelStats, where: list[Tensor], group: Group | None) -> None:
-    if group is not None:
-        group.merge(stats)
-    mean, var = where
-    mean.copy_(stats.mean)
-    var.copy_(stats.var)
-
-
-def _at(stats: ChannelStats, layer: int) -> ChannelStats:
-    return ChannelStats(stats.mean[layer], stats.var[layer])
+def _gradients(halves: list[_Backward], *parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Those of the weights and biases of the norms and of the convolutions' weights, as their parameters are."""
+    found = [[half.sums[1] for half in halves], [half.sums[0] for half in halves], [half.dweight for half in halves]]
+    for gradients, tensors in zip(found, parameters, strict=True):
+        yield [p.new_empty(0) if g is None else laid_out_as(g, p) for g, p in zip(gradients, tensors, strict=True)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..contract import Norm, NormGrads
-from .batch_norm import mask_by_relu, normed, normed_backward
+from .batch_norm import cast, mask_by_relu, normed, normed_backward
 from .chunks import Chunk
 
 
@@ -18,7 +18,7 @@ def head(x: Tensor, norm: Norm) -> Tensor:
     """[N, C, *spatial] -> [N, C], of x's dtype."""
     out = x.new_empty(x.shape[:2])
     for chunk, a in normed(x, norm):
-        out[chunk.images] = a.relu_().flatten(2).mean(2)
+        chunk.of(out).copy_(a.relu_().flatten(2).mean(2))
     return out
 
 
@@ -26,7 +26,7 @@ def head_backward(grad_out: Tensor, x: Tensor, norm: Norm) -> NormGrads:
     """Gradients from that of the output."""
 
     def write_da(chunk: Chunk, a: Tensor, da: Tensor) -> None:
-        dout = grad_out[chunk.images].to(a.dtype) / a[0, 0].numel()
+        dout = cast(chunk.of(grad_out), a.dtype) / a[0, 0].numel()
         mask_by_relu(dout.view(*dout.shape, *[1] * (a.dim() - 2)).expand_as(a), a, out=da)
 
     return normed_backward(write_da, x, norm)

@@ -11,11 +11,10 @@ are.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..contract import Norm, NormGrads, empty_channels_last
-from .batch_norm import images, mask_by_relu, normed, normed_backward, rows
+from .batch_norm import cast, mask_by_relu, normed, normed_backward
 from .chunks import Chunk
 from .pool import max_pool, max_pool_backward
 
@@ -25,7 +24,7 @@ def stem_tail(x: Tensor, norm: Norm) -> Tensor:
     n, c, *spatial = x.shape
     out = empty_channels_last((n, c, *((size + 1) // 2 for size in spatial)), x.dtype, x.device)
     for chunk, a in normed(x, norm):
-        out[chunk.images] = max_pool(a)[0].relu_()
+        chunk.of(out).copy_(max_pool(a)[0].relu_())
     return out
 
 
@@ -34,8 +33,8 @@ def stem_tail_backward(grad_out: Tensor, x: Tensor, norm: Norm) -> NormGrads:
 
     def write_da(chunk: Chunk, a: Tensor, da: Tensor) -> None:
         maxima, argmax = max_pool(a)
-        dout = rows(grad_out[chunk.images].to(a.dtype))
-        dmaxima = mask_by_relu(dout, rows(maxima), out=torch.empty(dout.shape, dtype=dout.dtype, device=dout.device))
-        max_pool_backward(images(dmaxima, (len(maxima), *maxima.shape[2:])), a, argmax, out=da)
+        dmaxima = empty_channels_last(maxima.shape, a.dtype, a.device)
+        mask_by_relu(cast(chunk.of(grad_out), a.dtype), maxima, out=dmaxima)
+        max_pool_backward(dmaxima, a, argmax, out=da)
 
     return normed_backward(write_da, x, norm)

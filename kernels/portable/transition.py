@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..contract import Norm, TransitionGrads, empty_channels_last
-from .batch_norm import cast, gemm_dtype, images, laid_out_as, mask_by_relu, normed, normed_backward, rows
+from ..contract import Norm, TransitionGrads, empty_channels_last, in_channels_last
+from .batch_norm import cast, gemm_dtype, laid_out_as, mask_by_relu, normed, normed_backward
 from .chunks import Chunk
 from .conv import conv, conv_backward
 from .pool import avg_pool, avg_pool_backward
@@ -25,11 +25,9 @@ def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Ten
     n, _, *spatial = x.shape
     compute = gemm_dtype(dtype, x.device)
     weight = cast(weight, compute)
-    shape = [size // 2 for size in spatial]
-    out = empty_channels_last((n, len(weight), *shape), dtype, x.device)
+    out = empty_channels_last((n, len(weight), *(size // 2 for size in spatial)), dtype, x.device)
     for chunk, a in normed(x, norm):
-        pooled = rows(cast(avg_pool(a.relu_()), compute))
-        out[chunk.images] = images(conv(pooled, weight, (len(a), *shape)), (len(a), *shape))
+        chunk.of(out).copy_(conv(cast(avg_pool(a.relu_()), compute), weight)())
     return out
 
 
@@ -42,13 +40,11 @@ def transition_backward(
     parts: list[Tensor] = []  # the weight's gradient, by chunk
 
     def write_da(chunk: Chunk, a: Tensor, da: Tensor) -> None:
-        dy, z = grad_out[chunk.images], a.relu_()
-        shape = (len(dy), *dy.shape[2:])
-        pooled = rows(cast(avg_pool(z), compute))
-        dpooled, dweight = conv_backward(rows(cast(dy, compute)), pooled, weight_, shape, need_weight)
+        dy, z = in_channels_last(cast(chunk.of(grad_out), compute)), a.relu_()
+        dpooled, dweight = conv_backward(cast(avg_pool(z), compute), weight_, need_weight)(dy)
         if dweight is not None:
             parts.append(cast(dweight, z.dtype))
-        avg_pool_backward(images(cast(dpooled, z.dtype), shape), z, out=da)
+        avg_pool_backward(cast(dpooled, z.dtype), z, out=da)
         mask_by_relu(da, z, out=da)
 
     grads = normed_backward(write_da, x, norm)
