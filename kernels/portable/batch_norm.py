@@ -93,7 +93,6 @@ class Affine(NamedTuple):
     shift: Tensor  # beta - mean * scale
     mean: Tensor
     rstd: Tensor
-    slope: Tensor  # scale * rstd
 
 
 def affines(norms: list[Norm], dtype: torch.dtype) -> list[Affine]:
@@ -106,8 +105,7 @@ def affines(norms: list[Norm], dtype: torch.dtype) -> list[Affine]:
     rstds = torch._foreach_rsqrt(torch._foreach_add(variances, [norm.eps for norm in norms]))
     scales = torch._foreach_mul(weights, rstds)
     shifts = torch._foreach_addcmul(biases, means, scales, value=-1)
-    slopes = torch._foreach_mul(scales, rstds)
-    return list(map(Affine, weights, scales, shifts, means, rstds, slopes))
+    return list(map(Affine, weights, scales, shifts, means, rstds))
 
 
 def affine(norm: Norm, dtype: torch.dtype) -> Affine:
@@ -116,7 +114,7 @@ def affine(norm: Norm, dtype: torch.dtype) -> Affine:
     mean, var = cast(norm.mean, dtype), cast(norm.var, dtype)
     rstd = var.add(norm.eps).rsqrt_()
     scale = weight * rstd
-    return Affine(weight, scale, torch.addcmul(bias, mean, scale, value=-1), mean, rstd, scale * rstd)
+    return Affine(weight, scale, torch.addcmul(bias, mean, scale, value=-1), mean, rstd)
 
 
 class AffineMap:
@@ -126,7 +124,7 @@ class AffineMap:
         self.scale, self.shift = per_channel(scale, dims), per_channel(shift, dims)
 
     def into(self, out: Tensor) -> Callable[[Tensor], Tensor]:
-        """What writes that of x to ``out``, of the vectors' dtype, and returns it."""
+        """What writes that of x, of any dtype, to ``out``, of the vectors', and returns it."""
         return partial(torch.addcmul, self.shift, tensor2=self.scale, out=out)
 
 
@@ -199,7 +197,7 @@ def norm_backward(
     """Of a norm: what takes da and the norm's input x, and returns dx, s1 and s2.
 
     da and x are dense [N, C, *spatial] of the accumulator dtype; s1 = sum(da) and s2 = sum(da * xhat) are [C]. dx
-    is to be asked for where :func:`norms_at_once` holds, and means nothing otherwise.
+    is to be asked for where :func:`is_at_once` holds, and means nothing otherwise.
     """
     rest = (vectors.weight, None, None, vectors.mean, vectors.rstd, True, 0.0, _ALL if need_x else _PARAMETERS)
 
@@ -210,6 +208,11 @@ def norm_backward(
         return dx, s1, s2
 
     return backward
+
+
+def is_at_once(dtype: torch.dtype, dims: int, batch_stats: bool, group: Group | None) -> bool:
+    """Whether one pass of PyTorch's own is a norm's whole backward, for inputs of so many dimensions."""
+    return batch_stats and dtype == accumulator_dtype(dtype) and dims == 4 and group is None
 
 
 def add_up(sums: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -255,7 +258,7 @@ class Correction(NamedTuple):
     def add(self, norm: Affine, s1: Tensor, s2: Tensor, count: int) -> None:
         """Of one more norm, of a batch of ``count`` pixels."""
         self.p.addcmul_(norm.scale, s1, value=-1 / count)
-        self.q.addcmul_(norm.slope, s2, value=-1 / count)
+        self.q.addcmul_(norm.scale * norm.rstd, s2, value=-1 / count)
 
     def per_channel(self, dims: int) -> Correction:
         """As it goes with [N, C, *spatial] of that many dimensions."""
@@ -281,7 +284,7 @@ def normed(x: Tensor, norm: Norm) -> Iterator[tuple[Chunk, Tensor]]:
     scratch = Scratch(vectors.scale.dtype, x.device)
     for chunk in chunks(x.shape, x.device):
         part = chunk.of(x)
-        yield chunk, affine_map.into(scratch("a", part.shape))(cast(part, vectors.scale.dtype))
+        yield chunk, affine_map.into(scratch("a", part.shape))(part)
 
 
 def normed_backward(write_da: Callable[[Chunk, Tensor, Tensor], None], x: Tensor, norm: Norm) -> NormGrads:
@@ -295,7 +298,7 @@ def normed_backward(write_da: Callable[[Chunk, Tensor, Tensor], None], x: Tensor
     scratch, parts = Scratch(acc, x.device), chunks(x.shape, x.device)
     count = x.numel() // x.shape[1]
     group = join(norm.group, count, x.device)
-    at_once = norm.batch_stats and x.dtype == acc and dims == 4 and group is None
+    at_once = is_at_once(x.dtype, dims, norm.batch_stats, group)
     da, sums = empty_channels_last(x.shape, acc, x.device), []
     backward = norm_backward(vectors, at_once, dims == 4)
     for chunk in parts:

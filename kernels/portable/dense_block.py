@@ -53,6 +53,7 @@ from .batch_norm import (
     gemm_dtype,
     images,
     input_gradient,
+    is_at_once,
     laid_out_as,
     mask_by_relu,
     merge_stats,
@@ -333,14 +334,13 @@ def dense_block_backward(
     hidden_stats = list(map(ChannelStats, output.bottleneck_mean, output.bottleneck_var))
     norms1 = affines([layers.norm1(i, stats) for i in range(len(block.firsts))], block.acc)
     norms2 = affines([layers.norm2(i, hidden_stats[i]) for i in range(len(block.seconds))], block.acc)
-    is_wide = block.dtype == block.acc
-    at_once = is_wide and len(spatial) == 2 and block.group is None
+    copy = block.dtype != block.acc
     firsts = [
         _Backward(block, half, norm, need_weight, copy=True, at_once=False)
         for half, norm, need_weight in zip(block.firsts, norms1, needs.conv1, strict=True)
     ]
     seconds = [
-        _Backward(block, half, norm, need_weight, copy=not is_wide, at_once=at_once and batch_stats)
+        _Backward(block, half, norm, need_weight, copy, is_at_once(dtype, len(half.shape), batch_stats, block.group))
         for half, norm, need_weight, batch_stats in zip(
             block.seconds, norms2, needs.conv2, layers.norm2_batch_stats, strict=True
         )
