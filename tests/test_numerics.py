@@ -17,6 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import fastdense
 from fastdense import FastDenseBlock, parity
 
 pytestmark = pytest.mark.filterwarnings("error::fastdense.FallbackWarning")
@@ -130,6 +131,17 @@ def test_outputs_where_relus_do_come_near_zero(train, device, twins, randn, asse
 # -- items 3 and 4: statistics of hard data, NaN and infinity -------------------------------------------------
 
 
+@pytest.fixture(params=["auto", "torch"])
+def backend(request) -> Iterator[str]:
+    """The device's own kernels, and the portable ones."""
+    with fastdense.use_backend(request.param):
+        yield request.param
+
+
+every_backend = pytest.mark.usefixtures("backend")
+
+
+@every_backend
 @train_and_eval
 def test_mean_far_larger_than_deviation(train, device, twins, randn, clear_relus, assert_parity):
     """Where E[x^2] - E[x]^2 would be noise: mean 1e4, deviation 0.1."""
@@ -143,6 +155,26 @@ def test_mean_far_larger_than_deviation(train, device, twins, randn, clear_relus
     assert_parity(*pair, inputs, dtype=torch.float32)
 
 
+@every_backend
+@train_and_eval
+@pytest.mark.parametrize("gamma", [0.0, 1e-30, 1e-6])
+@pytest.mark.parametrize("shape", [(2, 6, 5, 5), (2, 6, 25)], ids=["images", "sequences"])
+def test_outputs_that_do_not_show_their_norms_inputs(
+    shape, gamma, train, device, twins, randn, clear_relus, assert_parity
+):
+    """Where a norm's output is little but beta, a backward must not take its input from there."""
+    pair = twins("block", 1, 6, growth_rate=4, bn_size=None, spatial_dims=len(shape) - 2)
+    pair = [module.train(train).to(device) for module in pair]
+    inputs = [randn(*shape, seed=seed, device=device) for seed in range(3)]
+    clear_relus(pair, inputs)
+    for module in pair:
+        norm = module.denselayer1.norm1
+        norm.weight.data[:2] = gamma
+        norm.bias.data[:2] = torch.tensor([-1.0, 1.0], device=device)
+    assert_parity(*pair, inputs, dtype=torch.float32)
+
+
+@every_backend
 @pytest.mark.parametrize("constant", [0.0, 1.0, 1e4, -3e4])
 def test_constant_channels_stay_finite_and_within_one(constant, device, twins, batch_norms):
     """Normalised they are zero, but 1/sqrt(eps) magnifies what rounding leaves of their deviation."""
@@ -157,6 +189,7 @@ def test_constant_channels_stay_finite_and_within_one(constant, device, twins, b
     assert all(buffer.isfinite().all() for buffer in fast.buffers())
 
 
+@every_backend
 @train_and_eval
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("kind", ["block", "transition", "tails"])

@@ -35,6 +35,9 @@ _threshold_backward = torch.ops.aten.threshold_backward.grad_input
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 _ALL, _PARAMETERS = [True, True, True], [False, True, True]  # the gradients that it is asked for
 
+# Offsets, in multiples of gamma, with which a norm's output shows its input; what is least, so that gamma is not zero.
+_MOST, _TINY = 8, 1e-12
+
 
 def rows(x: Tensor) -> Tensor:
     """[N, C, *spatial] as [M, C]; without a copy where it lies in channels-last memory."""
@@ -89,10 +92,15 @@ class Affine(NamedTuple):
     """A BatchNorm with known statistics; all [C], of the accumulator dtype."""
 
     weight: Tensor  # gamma
+    bias: Tensor  # beta
     scale: Tensor  # gamma * rstd
     shift: Tensor  # beta - mean * scale
     mean: Tensor
     rstd: Tensor
+
+    def of_output(self) -> Affine:
+        """What is to xhat and ``z = relu(gamma * xhat + beta) > 0`` as this is to xhat and x, if it shows its input."""
+        return self._replace(mean=self.bias, rstd=self.weight.reciprocal())
 
 
 def affines(norms: list[Norm], dtype: torch.dtype) -> list[Affine]:
@@ -105,7 +113,7 @@ def affines(norms: list[Norm], dtype: torch.dtype) -> list[Affine]:
     rstds = torch._foreach_rsqrt(torch._foreach_add(variances, [norm.eps for norm in norms]))
     scales = torch._foreach_mul(weights, rstds)
     shifts = torch._foreach_addcmul(biases, means, scales, value=-1)
-    return list(map(Affine, weights, scales, shifts, means, rstds))
+    return list(map(Affine, weights, biases, scales, shifts, means, rstds))
 
 
 def affine(norm: Norm, dtype: torch.dtype) -> Affine:
@@ -114,7 +122,24 @@ def affine(norm: Norm, dtype: torch.dtype) -> Affine:
     mean, var = cast(norm.mean, dtype), cast(norm.var, dtype)
     rstd = var.add(norm.eps).rsqrt_()
     scale = weight * rstd
-    return Affine(weight, scale, torch.addcmul(bias, mean, scale, value=-1), mean, rstd)
+    return Affine(weight, bias, scale, torch.addcmul(bias, mean, scale, value=-1), mean, rstd)
+
+
+def show_inputs(norms: list[Affine]) -> list[bool]:
+    """Whether the outputs of each norm, where not cut by the ReLU, show its inputs as exactly as those are stored.
+
+    xhat = (z - beta) / gamma has lost the digits in which ``z = scale * x + shift`` is rounded: those below beta's
+    and shift's last. Only CPUs are asked, others would have to wait for the answer.
+    """
+    if not norms or norms[0].weight.device.type != "cpu":
+        return [False] * len(norms)
+    offsets = torch._foreach_add(
+        torch._foreach_abs([norm.bias for norm in norms]), torch._foreach_abs([norm.shift for norm in norms])
+    )
+    ratios = torch._foreach_div(
+        torch._foreach_clamp_min(offsets, _TINY), torch._foreach_abs([norm.weight for norm in norms])
+    )
+    return torch.stack(torch._foreach_max(ratios)).lt(_MOST).tolist()
 
 
 class AffineMap:
@@ -266,15 +291,14 @@ class Correction(NamedTuple):
 
 
 def input_gradient(da: Tensor, scale: Tensor, x: Tensor, through: Correction | None, out: Tensor) -> Tensor:
-    """scale * da + p + q * (x - mean) of [N, C, *spatial], in ``out`` of da's dtype.
+    """scale * da + (p - q * mean) + q * x of [N, C, *spatial], in ``out`` of da's dtype.
 
     The vectors are as they go with x; ``None`` for running statistics.
     """
     if through is None:
         return torch.mul(da, scale, out=out)
     mean, p, q = through
-    torch.sub(x, mean, out=out)
-    return torch.addcmul(p, out, q, out=out).addcmul_(da, scale)
+    return torch.addcmul(torch.addcmul(p, q, mean, value=-1), x, q, out=out).addcmul_(da, scale)
 
 
 def normed(x: Tensor, norm: Norm) -> Iterator[tuple[Chunk, Tensor]]:

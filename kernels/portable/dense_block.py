@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,11 +60,14 @@ from .batch_norm import (
     norm_backward,
     prefix,
     rows,
+    show_inputs,
     tensor_stats,
     zero_stats,
 )
 from .chunks import OF_A_BLOCK, Scratch, chunks
 from .conv import conv, conv_backward
+
+_NormReads = Literal["source", "copy", "z"]  # what a norm's backward has for its input
 
 
 class _Half(NamedTuple):
@@ -175,23 +178,33 @@ class _Forward(_NormRelu):
 class _Backward(_NormRelu):
     """The backward of half a layer."""
 
-    def __init__(self, block: _Block, half: _Half, vectors: Affine, need_weight: bool, copy: bool, at_once: bool):
-        """``copy``: the source is not dense or of another dtype; kernels that are not elementwise get a copy.
+    def __init__(
+        self,
+        block: _Block,
+        half: _Half,
+        vectors: Affine,
+        need_weight: bool,
+        norm_reads: _NormReads,
+        at_once: bool = False,
+    ):
+        """``norm_reads``: a source that is dense and of the accumulator dtype, a copy that is, or z, which shows it.
 
         ``at_once``: the norm's backward is one pass of PyTorch's own over all chunks.
         """
         dims = len(half.shape)
         super().__init__(block, half, AffineMap(vectors.scale, vectors.shift, dims))
-        self._x = [block.scratch("x", z.shape) for z in self._z] if copy else []
+        self._x = [block.scratch("x", z.shape) for z in self._z] if norm_reads == "copy" else []
+        self._reads_z = norm_reads == "z"
         self._conv_backward = [block.conv_backward(z, half.weight, need_weight) for z in self._z]
-        self.vectors, self.norm_backward, self.at_once = vectors, norm_backward(vectors, at_once, dims == 4), at_once
+        self.norm_backward = norm_backward(vectors.of_output() if self._reads_z else vectors, at_once, dims == 4)
+        self.vectors, self.at_once = vectors, at_once
         self.dweight: Tensor | None = None
         self.sums: Sequence[Tensor | None] = (None, None)  # the norm's
 
     def __call__(
         self, dys: Iterable[Tensor], source: list[Tensor], out: list[Tensor] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield x and da of each chunk, da in ``out`` if given, from its gradient dy, which it overwrites.
+        """Yield what the norm reads and da of each chunk, da in ``out`` if given, from dy, which it overwrites.
 
         When all are consumed, ``dweight`` is the weight's gradient.
         """
@@ -206,7 +219,7 @@ class _Backward(_NormRelu):
                 self.dweight = dweight
             else:
                 self.dweight.add_(dweight)
-            yield x, mask_by_relu(dz, z, out=dz if out is None else out[i])
+            yield z if self._reads_z else x, mask_by_relu(dz, z, out=dz if out is None else out[i])
 
 
 def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottleneck: bool) -> DenseBlockOutput:
@@ -334,13 +347,18 @@ def dense_block_backward(
     hidden_stats = list(map(ChannelStats, output.bottleneck_mean, output.bottleneck_var))
     norms1 = affines([layers.norm1(i, stats) for i in range(len(block.firsts))], block.acc)
     norms2 = affines([layers.norm2(i, hidden_stats[i]) for i in range(len(block.seconds))], block.acc)
-    copy = block.dtype != block.acc
+    is_wide = block.dtype == block.acc
     firsts = [
-        _Backward(block, half, norm, need_weight, copy=True, at_once=False)
-        for half, norm, need_weight in zip(block.firsts, norms1, needs.conv1, strict=True)
+        _Backward(block, half, norm, need_weight, "z" if is_wide and is_shown else "copy")
+        for half, norm, need_weight, is_shown in zip(
+            block.firsts, norms1, needs.conv1, show_inputs(norms1), strict=True
+        )
     ]
+    hidden_by: _NormReads = "source" if is_wide else "copy"
     seconds = [
-        _Backward(block, half, norm, need_weight, copy, is_at_once(dtype, len(half.shape), batch_stats, block.group))
+        _Backward(
+            block, half, norm, need_weight, hidden_by, is_at_once(dtype, len(half.shape), batch_stats, block.group)
+        )
         for half, norm, need_weight, batch_stats in zip(
             block.seconds, norms2, needs.conv2, layers.norm2_batch_stats, strict=True
         )
