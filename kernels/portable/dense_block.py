@@ -67,8 +67,6 @@ from .batch_norm import (
 from .chunks import OF_A_BLOCK, Scratch, chunks
 from .conv import conv, conv_backward
 
-_NormReads = Literal["source", "copy", "z"]  # what a norm's backward has for its input
-
 
 class _Half(NamedTuple):
     """Half a layer: norm, ReLU and convolution of a source."""
@@ -184,10 +182,10 @@ class _Backward(_NormRelu):
         half: _Half,
         vectors: Affine,
         need_weight: bool,
-        norm_reads: _NormReads,
+        norm_reads: Literal["source", "copy", "z"],
         at_once: bool = False,
     ):
-        """``norm_reads``: a source that is dense and of the accumulator dtype, a copy that is, or z, which shows it.
+        """``norm_reads``: the source, dense and of the accumulator dtype; a copy that is; or z, which shows it.
 
         ``at_once``: the norm's backward is one pass of PyTorch's own over all chunks.
         """
@@ -347,21 +345,15 @@ def dense_block_backward(
     hidden_stats = list(map(ChannelStats, output.bottleneck_mean, output.bottleneck_var))
     norms1 = affines([layers.norm1(i, stats) for i in range(len(block.firsts))], block.acc)
     norms2 = affines([layers.norm2(i, hidden_stats[i]) for i in range(len(block.seconds))], block.acc)
-    is_wide = block.dtype == block.acc
+    wide, dims = block.dtype == block.acc, output.out.dim()
     firsts = [
-        _Backward(block, half, norm, need_weight, "z" if is_wide and is_shown else "copy")
-        for half, norm, need_weight, is_shown in zip(
-            block.firsts, norms1, needs.conv1, show_inputs(norms1), strict=True
-        )
+        _Backward(block, half, norm, need_weight, "z" if wide and shown else "copy")
+        for half, norm, need_weight, shown in zip(block.firsts, norms1, needs.conv1, show_inputs(norms1), strict=True)
     ]
-    hidden_by: _NormReads = "source" if is_wide else "copy"
+    at_once = [is_at_once(dtype, dims, batch_stats, block.group) for batch_stats in layers.norm2_batch_stats]
     seconds = [
-        _Backward(
-            block, half, norm, need_weight, hidden_by, is_at_once(dtype, len(half.shape), batch_stats, block.group)
-        )
-        for half, norm, need_weight, batch_stats in zip(
-            block.seconds, norms2, needs.conv2, layers.norm2_batch_stats, strict=True
-        )
+        _Backward(block, half, norm, need_weight, "source" if wide else "copy", whole)
+        for half, norm, need_weight, whole in zip(block.seconds, norms2, needs.conv2, at_once, strict=True)
     ]
     gradient = _GradientOfX(grad_out, output, layers, block)
     sources, gathered, throughs = [], [], []  # of each layer: what it reads of X, and adds to of G, P and Q
@@ -394,7 +386,7 @@ def dense_block_backward(
         second.sums = add_up(sums)
         through = None
         if layers.norm2_batch_stats[layer]:
-            through = Correction.of(second.vectors, *second.sums, count, block.group).per_channel(hidden.dim())
+            through = Correction.of(second.vectors, *second.sums, count, block.group).per_channel(dims)
         for part, x in zip(first.cut(whole), first.cut(hidden), strict=True):
             yield input_gradient(part, second.norm.scale, x, through, block.scratch("dx", part.shape))
 
