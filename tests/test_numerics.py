@@ -56,6 +56,16 @@ STEMS = {
 }
 
 
+@pytest.fixture(params=["auto", "torch"])
+def backend(request) -> Iterator[str]:
+    """The device's own kernels, and the portable ones."""
+    with fastdense.use_backend(request.param):
+        yield request.param
+
+
+every_backend = pytest.mark.usefixtures("backend")
+
+
 # -- item 1: twice stock's error ------------------------------------------------------------------------------
 
 
@@ -74,6 +84,16 @@ def test_block(geometry, train, precision, device, twins, randn, clear_relus, as
     inputs = [randn(*shape, seed=seed, device=device) for seed in range(3)]
     clear_relus(pair, inputs)
     assert_parity(*pair, inputs, **precision)
+
+
+@every_backend
+@pytest.mark.parametrize("precision", ["fp32", "autocast bf16"])
+def test_block_of_a_batch_that_is_cut(precision, device, twins, randn, clear_relus, assert_parity):
+    """Its widest temporary, of a bottleneck, is larger than what one pass takes at once on a CPU."""
+    pair = [module.to(device) for module in twins("block", 2, 8, growth_rate=16)]
+    inputs = [randn(5, 8, 128, 128, seed=seed, device=device) for seed in range(3)]
+    clear_relus(pair, inputs)
+    assert_parity(*pair, inputs, **PRECISIONS[precision])
 
 
 @every_precision
@@ -129,16 +149,6 @@ def test_outputs_where_relus_do_come_near_zero(train, device, twins, randn, asse
 
 
 # -- items 3 and 4: statistics of hard data, NaN and infinity -------------------------------------------------
-
-
-@pytest.fixture(params=["auto", "torch"])
-def backend(request) -> Iterator[str]:
-    """The device's own kernels, and the portable ones."""
-    with fastdense.use_backend(request.param):
-        yield request.param
-
-
-every_backend = pytest.mark.usefixtures("backend")
 
 
 @every_backend

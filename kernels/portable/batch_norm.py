@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,6 +88,15 @@ def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def passed_dtype(dtype: torch.dtype, dims: int, group: Group | None) -> torch.dtype:
+    """What one pass hands to the next, where tensors of ``dtype`` are stored.
+
+    PyTorch's own norms of images read and write bfloat16 and compute wider. They know no group of processes, and
+    float16's gradients may overflow before they are corrected.
+    """
+    return dtype if dtype == torch.bfloat16 and dims == 4 and group is None else accumulator_dtype(dtype)
+
+
 class Affine(NamedTuple):
     """A BatchNorm with known statistics; all [C], of the accumulator dtype."""
 
@@ -118,11 +127,7 @@ def affines(norms: list[Norm], dtype: torch.dtype) -> list[Affine]:
 
 def affine(norm: Norm, dtype: torch.dtype) -> Affine:
     """The vectors of one BatchNorm."""
-    weight, bias = cast(norm.weight, dtype), cast(norm.bias, dtype)
-    mean, var = cast(norm.mean, dtype), cast(norm.var, dtype)
-    rstd = var.add(norm.eps).rsqrt_()
-    scale = weight * rstd
-    return Affine(weight, bias, scale, torch.addcmul(bias, mean, scale, value=-1), mean, rstd)
+    return affines([norm], dtype)[0]
 
 
 def show_inputs(norms: list[Affine]) -> list[bool]:
@@ -146,11 +151,22 @@ class AffineMap:
     """``scale * x + shift`` of [N, C, *spatial] with as many dimensions as given; scale and shift are [C]."""
 
     def __init__(self, scale: Tensor, shift: Tensor, dims: int):
+        self._vectors = scale, shift
         self.scale, self.shift = per_channel(scale, dims), per_channel(shift, dims)
 
     def into(self, out: Tensor) -> Callable[[Tensor], Tensor]:
-        """What writes that of x, of any dtype, to ``out``, of the vectors', and returns it."""
-        return partial(torch.addcmul, self.shift, tensor2=self.scale, out=out)
+        """What writes that of x to ``out`` and returns it.
+
+        x is of any dtype and ``out`` of the vectors', or both are dense and of a narrower one.
+        """
+        if out.dtype == self.scale.dtype:
+            return partial(torch.addcmul, self.shift, tensor2=self.scale, out=out)
+        scale, shift = self._vectors
+        rest = (scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0.0, 0.0)
+        outs = (out, scale.new_empty(0), scale.new_empty(0))
+        return lambda x: torch.native_batch_norm(x, *rest, out=outs)[
+            0
+        ]  # reads and writes once, in the wide dtype between
 
 
 class LateAffineMap(AffineMap):
@@ -158,14 +174,15 @@ class LateAffineMap(AffineMap):
 
     def __init__(self, norm: Norm, dtype: torch.dtype, dims: int):
         self._norm, self._eps = [cast(vector, dtype) for vector in norm[:4]], norm.eps
-        self._scale, self._shift = torch.empty((2, len(norm.weight)), dtype=dtype, device=norm.weight.device)
-        super().__init__(self._scale, self._shift, dims)
+        scale, shift = torch.empty((2, len(norm.weight)), dtype=dtype, device=norm.weight.device)
+        super().__init__(scale, shift, dims)
 
     def read(self) -> None:
         """To be called when they are known, and before it is used."""
         weight, bias, mean, var = self._norm
-        torch.add(var, self._eps, out=self._scale).rsqrt_().mul_(weight)
-        torch.addcmul(bias, mean, self._scale, value=-1, out=self._shift)
+        scale, shift = self._vectors
+        torch.add(var, self._eps, out=scale).rsqrt_().mul_(weight)
+        torch.addcmul(bias, mean, scale, value=-1, out=shift)
 
 
 def _as_norms_see(x: Tensor) -> Tensor:
@@ -184,8 +201,10 @@ def _as_norms_see(x: Tensor) -> Tensor:
 
 def tensor_stats(x: Tensor) -> ChannelStats:
     """Mean and biased variance of each channel of [N, C, *spatial], in one pass, in the accumulator dtype."""
-    x = _as_norms_see(cast(x, accumulator_dtype(x.dtype)))
-    return ChannelStats(*torch.batch_norm_update_stats(x, None, None, 0.0))
+    acc = accumulator_dtype(x.dtype)
+    if x.dtype != acc and x.dim() == 4:  # of the running statistics' dtype, which are left as they are
+        return ChannelStats(*torch.batch_norm_update_stats(x, *zero_stats((x.shape[1],), x.dtype, x.device), 0.0))
+    return ChannelStats(*torch.batch_norm_update_stats(_as_norms_see(cast(x, acc)), None, None, 0.0))
 
 
 def channel_stats(x: Tensor) -> ChannelStats:
@@ -217,14 +236,16 @@ def mask_by_relu(dz: Tensor, z: Tensor, out: Tensor) -> Tensor:
 
 
 def norm_backward(
-    vectors: Affine, need_x: bool, is_of_images: bool
+    vectors: Affine, is_of_images: bool, gives: Literal["sums", "scaled", "dx"]
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """Of a norm: what takes da and the norm's input x, and returns dx, s1 and s2.
+    """Of a norm: what takes da and the norm's input x, and returns a gradient, s1 and s2.
 
-    da and x are dense [N, C, *spatial] of the accumulator dtype; s1 = sum(da) and s2 = sum(da * xhat) are [C]. dx
-    is to be asked for where :func:`is_at_once` holds, and means nothing otherwise.
+    da and x are dense [N, C, *spatial] of one dtype; s1 = sum(da) and s2 = sum(da * xhat) are [C]. The gradient, of
+    images, is ``"dx"`` through batch statistics where :func:`is_at_once` holds, ``"scaled"``, scale * da, or nothing.
     """
-    rest = (vectors.weight, None, None, vectors.mean, vectors.rstd, True, 0.0, _ALL if need_x else _PARAMETERS)
+    known = (vectors.mean, vectors.rstd.pow(-2)) if gives == "scaled" else (None, None)
+    mask = _PARAMETERS if gives == "sums" else _ALL
+    rest = (vectors.weight, *known, vectors.mean, vectors.rstd, gives != "scaled", 0.0, mask)
 
     def backward(da: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not is_of_images:
@@ -235,9 +256,9 @@ def norm_backward(
     return backward
 
 
-def is_at_once(dtype: torch.dtype, dims: int, batch_stats: bool, group: Group | None) -> bool:
+def is_at_once(dims: int, batch_stats: bool, group: Group | None) -> bool:
     """Whether one pass of PyTorch's own is a norm's whole backward, for inputs of so many dimensions."""
-    return batch_stats and dtype == accumulator_dtype(dtype) and dims == 4 and group is None
+    return batch_stats and dims == 4 and group is None
 
 
 def add_up(sums: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -305,9 +326,10 @@ def normed(x: Tensor, norm: Norm) -> Iterator[tuple[Chunk, Tensor]]:
     """BatchNorm of [N, C, *spatial], chunk by chunk in channels-last memory: a, to write to, good until the next."""
     vectors = affine(norm, accumulator_dtype(x.dtype))
     affine_map = AffineMap(vectors.scale, vectors.shift, x.dim())
-    scratch = Scratch(vectors.scale.dtype, x.device)
+    scratch = Scratch(passed_dtype(x.dtype, x.dim(), None), x.device)
+    source = in_channels_last(x) if scratch.dtype == x.dtype else x
     for chunk in chunks(x.shape, x.device):
-        part = chunk.of(x)
+        part = chunk.of(source)
         yield chunk, affine_map.into(scratch("a", part.shape))(part)
 
 
@@ -316,18 +338,19 @@ def normed_backward(write_da: Callable[[Chunk, Tensor, Tensor], None], x: Tensor
 
     That of x is of its dtype and in channels-last memory.
     """
-    acc, dims = accumulator_dtype(x.dtype), x.dim()
-    source, vectors = in_channels_last(x), affine(norm, acc)
+    dims = x.dim()
+    source, vectors = in_channels_last(x), affine(norm, accumulator_dtype(x.dtype))
     affine_map = AffineMap(vectors.scale, vectors.shift, dims)
-    scratch, parts = Scratch(acc, x.device), chunks(x.shape, x.device)
     count = x.numel() // x.shape[1]
     group = join(norm.group, count, x.device)
-    at_once = is_at_once(x.dtype, dims, norm.batch_stats, group)
-    da, sums = empty_channels_last(x.shape, acc, x.device), []
-    backward = norm_backward(vectors, at_once, dims == 4)
+    passed = passed_dtype(x.dtype, dims, group)
+    scratch, parts = Scratch(passed, x.device), chunks(x.shape, x.device)
+    at_once = x.dtype == passed and is_at_once(dims, norm.batch_stats, group)
+    da, sums = empty_channels_last(x.shape, passed, x.device), []
+    backward = norm_backward(vectors, dims == 4, "dx" if at_once else "sums")
     for chunk in parts:
         x_chunk, da_chunk = chunk.of(source), chunk.of(da)
-        if x.dtype != acc:
+        if x.dtype != passed:
             x_chunk = scratch("x", x_chunk.shape).copy_(x_chunk)
         write_da(chunk, affine_map.into(scratch("a", x_chunk.shape))(x_chunk), da_chunk)
         if not at_once:
@@ -335,7 +358,7 @@ def normed_backward(write_da: Callable[[Chunk, Tensor, Tensor], None], x: Tensor
     if at_once:
         dx, s1, s2 = backward(da, source)
     else:
-        dx = da if x.dtype == acc else empty_channels_last(x.shape, x.dtype, x.device)
+        dx = da if x.dtype == passed else empty_channels_last(x.shape, x.dtype, x.device)
         s1, s2 = add_up(sums)
         through = Correction.of(vectors, s1, s2, count, group).per_channel(dims) if norm.batch_stats else None
         for chunk in parts:

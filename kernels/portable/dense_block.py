@@ -46,7 +46,6 @@ from .batch_norm import (
     Correction,
     LateAffineMap,
     add_up,
-    affine,
     affines,
     cast,
     channel_stats,
@@ -58,6 +57,7 @@ from .batch_norm import (
     mask_by_relu,
     merge_stats,
     norm_backward,
+    passed_dtype,
     prefix,
     rows,
     show_inputs,
@@ -85,6 +85,7 @@ class _Block:
         self.dtype, self.acc, self.compute = dtype, accumulator_dtype(dtype), gemm_dtype(dtype, out.device)
         self.keep_scale = layers.keep_scale
         self.group = join(layers.group, out.numel() // channels, out.device)
+        self.passed = passed_dtype(dtype, out.dim(), self.group) if dtype == out.dtype == self.compute else self.acc
 
         def halves(weights: list[Tensor], masks: list[Tensor]) -> list[_Half]:
             return [
@@ -96,10 +97,10 @@ class _Block:
         self.firsts = halves(layers.conv1_weight, masks)  # of prefixes of X
         self.seconds = halves(layers.conv2_weight, layers.growth_mask)  # of bottlenecks
         parts = [(half, chunk) for half in self.firsts + self.seconds for chunk in chunks(half.shape, out.device)]
-        self.scratch = Scratch(self.acc, out.device, max(chunk.pixels * half.shape[1] for half, chunk in parts))
+        self.scratch = Scratch(self.passed, out.device, max(chunk.pixels * half.shape[1] for half, chunk in parts))
 
     def conv(self, z: Tensor, weight: Tensor) -> Callable[[], Tensor]:
-        """What convolves z, of the accumulator dtype, in the dtype for that, and returns y of the block's."""
+        """What convolves z, of the dtype that is passed, in the dtype for that, and returns y of the block's."""
         if self.compute == self.dtype == z.dtype:
             return conv(z, cast(weight, self.compute))
         return lambda: cast(conv(cast(z, self.compute), cast(weight, self.compute))(), self.dtype)
@@ -107,10 +108,11 @@ class _Block:
     def conv_backward(
         self, z: Tensor, weight: Tensor, need_weight: bool
     ) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
-        """What takes dy and returns dz and the weight's gradient, both of the accumulator dtype."""
+        """What takes dy and returns dz, of z's dtype, and the weight's gradient."""
         compute = self.compute
         if compute == z.dtype:
-            return conv_backward(z, cast(weight, compute), need_weight)
+            of_dy = conv_backward(z, cast(weight, compute), need_weight)
+            return of_dy if compute == self.acc else lambda dy: of_dy(cast(dy, compute))
 
         def backward(dy: Tensor) -> tuple[Tensor, Tensor | None]:
             dz, dweight = conv_backward(cast(z, compute), cast(weight, compute), need_weight)(cast(dy, compute))
@@ -129,9 +131,11 @@ class _Block:
 class _NormRelu:
     """``relu(norm(source))`` of half a layer, by chunk."""
 
-    def __init__(self, block: _Block, half: _Half, norm: AffineMap):
+    def __init__(self, block: _Block, half: _Half, norm: AffineMap, copy: bool):
+        """``copy``: of a source that is not dense or not of the dtype that is passed."""
         self.block, self.chunks, self.norm = block, chunks(half.shape, half.weight.device), norm
         self._z = [block.scratch("z", (chunk.size, *half.shape[1:])) for chunk in self.chunks]
+        self._x = [block.scratch("x", z.shape) for z in self._z] if copy else []
         self._normalise = [norm.into(z) for z in self._z]
         self._masks = [] if half.mask is None else self.cut(half.mask)
 
@@ -146,8 +150,8 @@ class _NormRelu:
 class _Forward(_NormRelu):
     """Half a layer, ``conv(relu(norm(source)))``."""
 
-    def __init__(self, block: _Block, half: _Half, norm: AffineMap):
-        super().__init__(block, half, norm)
+    def __init__(self, block: _Block, half: _Half, norm: AffineMap, copy: bool = False):
+        super().__init__(block, half, norm, copy)
         self._shape = (half.shape[0], len(half.weight), *half.shape[2:])
         self._conv = [block.conv(z, half.weight) for z in self._z]
 
@@ -160,7 +164,7 @@ class _Forward(_NormRelu):
             whole = empty_channels_last(self._shape, self.block.dtype, source[0].device)
             out = self.cut(whole)
         for i, x in enumerate(source):
-            self._normalise[i](x).relu_()
+            self._normalise[i](self._x[i].copy_(x) if self._x else x).relu_()
             y = self._conv[i]()
             if self._masks:
                 self._drop(y, i)
@@ -183,19 +187,15 @@ class _Backward(_NormRelu):
         vectors: Affine,
         need_weight: bool,
         norm_reads: Literal["source", "copy", "z"],
-        at_once: bool = False,
+        norm_gives: Literal["sums", "scaled", "dx"],
     ):
-        """``norm_reads``: the source, dense and of the accumulator dtype; a copy that is; or z, which shows it.
-
-        ``at_once``: the norm's backward is one pass of PyTorch's own over all chunks.
-        """
+        """``norm_reads``: the source, dense and of the dtype that is passed; a copy that is; or z, which shows it."""
         dims = len(half.shape)
-        super().__init__(block, half, AffineMap(vectors.scale, vectors.shift, dims))
-        self._x = [block.scratch("x", z.shape) for z in self._z] if norm_reads == "copy" else []
+        super().__init__(block, half, AffineMap(vectors.scale, vectors.shift, dims), norm_reads == "copy")
         self._reads_z = norm_reads == "z"
         self._conv_backward = [block.conv_backward(z, half.weight, need_weight) for z in self._z]
-        self.norm_backward = norm_backward(vectors.of_output() if self._reads_z else vectors, at_once, dims == 4)
-        self.vectors, self.at_once = vectors, at_once
+        self.norm_backward = norm_backward(vectors.of_output() if self._reads_z else vectors, dims == 4, norm_gives)
+        self.vectors, self.at_once = vectors, norm_gives == "dx"
         self.dweight: Tensor | None = None
         self.sums: Sequence[Tensor | None] = (None, None)  # the norm's
 
@@ -216,7 +216,7 @@ class _Backward(_NormRelu):
             if self.dweight is None or dweight is None:
                 self.dweight = dweight
             else:
-                self.dweight.add_(dweight)
+                self.dweight = cast(self.dweight, self.block.acc).add_(dweight)
             yield z if self._reads_z else x, mask_by_relu(dz, z, out=dz if out is None else out[i])
 
 
@@ -237,7 +237,8 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
     hidden_stats = list(map(ChannelStats, *bottleneck_stats))
     norms1 = [LateAffineMap(layers.norm1(i, stats), block.acc, dims) for i in range(depth)]
     norms2 = [LateAffineMap(layers.norm2(i, hidden_stats[i]), block.acc, dims) for i in range(len(block.seconds))]
-    firsts = [_Forward(block, half, norm) for half, norm in zip(block.firsts, norms1, strict=True)]
+    narrow = block.passed != block.acc  # then norms want dense sources
+    firsts = [_Forward(block, half, norm, narrow) for half, norm in zip(block.firsts, norms1, strict=True)]
     seconds = [_Forward(block, half, norm) for half, norm in zip(block.seconds, norms2, strict=True)]
     sources = [half.cut(prefix(out, c0 + layer * growth_rate)) for layer, half in enumerate(firsts)]
     targets = [half.cut(new) for half, new in zip(seconds or firsts, written, strict=True)]
@@ -268,10 +269,10 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) ->
     acc, compute = accumulator_dtype(store), gemm_dtype(dtype, x.device)
     unread = zero_stats((0,), store, x.device)
     norms1 = affines([layers.norm1(layer, unread) for layer in range(depth)], acc)
+    norms2 = affines([layers.norm2(layer, unread) for layer in range(len(layers.conv2_weight))], acc)
     maps = [AffineMap(norm.scale, norm.shift, dims) for norm in norms1]
     conv1 = []
-    for layer, weight in enumerate(layers.conv1_weight if layers.has_bottleneck else []):
-        norm2 = affine(layers.norm2(layer, unread), acc)
+    for weight, norm2 in zip(layers.conv1_weight, norms2, strict=False):  # without bottlenecks there is no norm2
         folded = cast(weight, acc) * norm2.scale.view(-1, *[1] * (dims - 1))
         conv1.append((cast(folded, compute), cast(norm2.shift, compute)))
     growth = [cast(weight, compute) for weight in layers.growth_weight]
@@ -279,14 +280,18 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) ->
     out = empty_channels_last((n, layers.output_channels, *spatial), store, x.device)
     prefix(out, c0).copy_(x)
     parts = chunks(out.shape, x.device, OF_A_BLOCK)
-    scratch = Scratch(acc, x.device, max(chunk.pixels for chunk in parts) * (layers.output_channels - growth_rate))
+    passed = passed_dtype(store, dims, None) if store == compute else acc
+    scratch = Scratch(passed, x.device, max(chunk.pixels for chunk in parts) * (layers.output_channels - growth_rate))
     for chunk in parts:  # through every layer in cache
         part = chunk.of(out)
         sources = [prefix(part, c0 + layer * growth_rate) for layer in range(depth)]
         targets = part.split([c0] + [growth_rate] * depth, 1)[1:]
         temporaries = [scratch("z", source.shape) for source in sources]
         for layer, weight in enumerate(growth):
-            z = cast(maps[layer].into(temporaries[layer])(sources[layer]).relu_(), compute)
+            source = sources[layer]
+            if passed != acc:  # norms want it dense
+                source = scratch("x", source.shape).copy_(source)
+            z = cast(maps[layer].into(temporaries[layer])(source).relu_(), compute)
             if conv1:
                 z = conv(z, *conv1[layer])().relu_()
             targets[layer].copy_(cast(conv(z, weight)(), dtype))
@@ -299,10 +304,10 @@ class _GradientOfX:
     def __init__(self, grad_out: Tensor, output: DenseBlockOutput, layers: DenseLayers, block: _Block):
         n, channels, *spatial = output.out.shape
         k, before = layers.growth_rate, channels - layers.growth_rate
-        self.given = in_channels_last(cast(grad_out, block.acc))
+        self.given = in_channels_last(cast(grad_out, block.passed))
         self.raw = self.given  # G; where that is not memory of our own, the last layer leaves it there
         if self.given is grad_out:
-            self.raw = empty_channels_last((n, before, *spatial), block.acc, grad_out.device)
+            self.raw = empty_channels_last((n, before, *spatial), block.passed, grad_out.device)
         self.through = Correction.none(output.mean)  # P and Q
         self.dy = empty_channels_last((n, k, *spatial), block.acc, grad_out.device)
 
@@ -320,7 +325,7 @@ class _GradientOfX:
     def of_input(self) -> Tensor:
         """That of the block's input."""
         raw, _, _ = self._written[0]
-        return self._formed(0, empty_channels_last(raw.shape, raw.dtype, raw.device))
+        return self._formed(0, empty_channels_last(raw.shape, self.dy.dtype, raw.device))
 
     def _formed(self, writer: int, out: Tensor) -> Tensor:
         """G + P + Q * (x - mean) of the channels of one writer."""
@@ -346,13 +351,14 @@ def dense_block_backward(
     norms1 = affines([layers.norm1(i, stats) for i in range(len(block.firsts))], block.acc)
     norms2 = affines([layers.norm2(i, hidden_stats[i]) for i in range(len(block.seconds))], block.acc)
     wide, dims = block.dtype == block.acc, output.out.dim()
+    dense, narrow = block.dtype == block.passed, block.passed != block.acc
     firsts = [
-        _Backward(block, half, norm, need_weight, "z" if wide and shown else "copy")
+        _Backward(block, half, norm, need_weight, "z" if wide and shown else "copy", "scaled" if narrow else "sums")
         for half, norm, need_weight, shown in zip(block.firsts, norms1, needs.conv1, show_inputs(norms1), strict=True)
     ]
-    at_once = [is_at_once(dtype, dims, batch_stats, block.group) for batch_stats in layers.norm2_batch_stats]
+    at_once = [dense and is_at_once(dims, batch_stats, block.group) for batch_stats in layers.norm2_batch_stats]
     seconds = [
-        _Backward(block, half, norm, need_weight, "source" if wide else "copy", whole)
+        _Backward(block, half, norm, need_weight, "source" if dense else "copy", "dx" if whole else "sums")
         for half, norm, need_weight, whole in zip(block.seconds, norms2, needs.conv2, at_once, strict=True)
     ]
     gradient = _GradientOfX(grad_out, output, layers, block)
@@ -366,10 +372,10 @@ def dense_block_backward(
     hiddens = [images(hidden, (n, *spatial)) for hidden in output.bottleneck]
     again = []  # what makes the bottlenecks that were not kept
     if seconds and not hiddens:
-        again = [_Forward(block, half, first.norm) for half, first in zip(block.firsts, firsts, strict=True)]
+        again = [_Forward(block, half, first.norm, narrow) for half, first in zip(block.firsts, firsts, strict=True)]
     da = None  # of a bottleneck, where it is made in more than one chunk
     if seconds and len(seconds[0].chunks) > 1:
-        da = empty_channels_last((n, layers.bottleneck_channels, *spatial), block.acc, grad_out.device)
+        da = empty_channels_last((n, layers.bottleneck_channels, *spatial), block.passed, grad_out.device)
 
     def gradients_of_hidden(layer: int, dy: Tensor) -> Iterable[Tensor]:
         """Those of a bottleneck, by the chunks of the first half, each good until the next."""
@@ -394,8 +400,12 @@ def dense_block_backward(
         dy, first, sums = gradient.of_layer(layer), firsts[layer], []
         parts = first(gradients_of_hidden(layer, dy) if seconds else first.cut(dy), sources[layer])
         for (x, part), before, after in zip(parts, so_far[layer], gathered[layer], strict=True):
-            sums.append(first.norm_backward(part, x)[1:])
-            torch.addcmul(before, part, first.norm.scale, out=after)
+            scaled, s1, s2 = first.norm_backward(part, x)
+            sums.append((s1, s2))
+            if narrow:
+                torch.add(before, scaled, out=after)
+            else:
+                torch.addcmul(before, part, first.norm.scale, out=after)
         first.sums = add_up(sums)
         if layers.norm1_batch_stats[layer]:
             throughs[layer].add(first.vectors, *first.sums, count)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..contract import Norm, TransitionGrads, empty_channels_last, in_channels_last
+from ..contract import Norm, TransitionGrads, accumulator_dtype, empty_channels_last, in_channels_last
 from .batch_norm import cast, gemm_dtype, laid_out_as, mask_by_relu, normed, normed_backward
 from .chunks import Chunk
 from .conv import conv, conv_backward
@@ -43,7 +43,7 @@ def transition_backward(
         dy, z = in_channels_last(cast(chunk.of(grad_out), compute)), a.relu_()
         dpooled, dweight = conv_backward(cast(avg_pool(z), compute), weight_, need_weight)(dy)
         if dweight is not None:
-            parts.append(cast(dweight, z.dtype))
+            parts.append(cast(dweight, accumulator_dtype(z.dtype)))
         avg_pool_backward(cast(dpooled, z.dtype), z, out=da)
         mask_by_relu(da, z, out=da)
 
