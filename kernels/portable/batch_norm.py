@@ -164,9 +164,7 @@ class AffineMap:
         scale, shift = self._vectors
         rest = (scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0.0, 0.0)
         outs = (out, scale.new_empty(0), scale.new_empty(0))
-        return lambda x: torch.native_batch_norm(x, *rest, out=outs)[
-            0
-        ]  # reads and writes once, in the wide dtype between
+        return lambda x: torch.native_batch_norm(x, *rest, out=outs)[0]  # one pass, computed in the vectors' dtype
 
 
 class LateAffineMap(AffineMap):
