@@ -14,8 +14,8 @@ Source: Ioffe and Szegedy 2015 (arXiv 1502.03167); merging of statistics: Chan e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Literal, NamedTuple
+from functools import cached_property, partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,13 +88,18 @@ def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def is_pytorchs_own(dims: int, group: Group | None) -> bool:
+    """Whether PyTorch's own norm is all of one, for inputs of so many dimensions: it is fast for images, alone."""
+    return dims == 4 and group is None
+
+
 def passed_dtype(dtype: torch.dtype, dims: int, group: Group | None) -> torch.dtype:
     """What one pass hands to the next, where tensors of ``dtype`` are stored.
 
-    PyTorch's own norms of images read and write bfloat16 and compute wider. They know no group of processes, and
-    float16's gradients may overflow before they are corrected.
+    PyTorch's own norms read and write bfloat16 and compute wider. float16's gradients may overflow before they are
+    corrected.
     """
-    return dtype if dtype == torch.bfloat16 and dims == 4 and group is None else accumulator_dtype(dtype)
+    return dtype if dtype == torch.bfloat16 and is_pytorchs_own(dims, group) else accumulator_dtype(dtype)
 
 
 class Affine(NamedTuple):
@@ -161,10 +166,15 @@ class AffineMap:
         """
         if out.dtype == self.scale.dtype:
             return partial(torch.addcmul, self.shift, tensor2=self.scale, out=out)
+        norm, *unused = self._as_norm
+        return lambda x: torch.native_batch_norm(x, *norm, out=(out, *unused))[0]  # one pass, in the vectors' dtype
+
+    @cached_property
+    def _as_norm(self) -> tuple[tuple[Any, ...], Tensor, Tensor]:
+        """What makes this of PyTorch's own norm, and what that has no use for."""
         scale, shift = self._vectors
-        rest = (scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0.0, 0.0)
-        outs = (out, scale.new_empty(0), scale.new_empty(0))
-        return lambda x: torch.native_batch_norm(x, *rest, out=outs)[0]  # one pass, computed in the vectors' dtype
+        norm = (scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0.0, 0.0)
+        return norm, scale.new_empty(0), scale.new_empty(0)
 
 
 class LateAffineMap(AffineMap):
@@ -234,29 +244,22 @@ def mask_by_relu(dz: Tensor, z: Tensor, out: Tensor) -> Tensor:
 
 
 def norm_backward(
-    vectors: Affine, is_of_images: bool, gives: Literal["sums", "scaled", "dx"]
+    vectors: Affine, gives: Literal["sums", "scaled", "dx"]
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """Of a norm: what takes da and the norm's input x, and returns a gradient, s1 and s2.
 
-    da and x are dense [N, C, *spatial] of one dtype; s1 = sum(da) and s2 = sum(da * xhat) are [C]. The gradient, of
-    images, is ``"dx"`` through batch statistics where :func:`is_at_once` holds, ``"scaled"``, scale * da, or nothing.
+    da and x are dense [N, C, *spatial] of one dtype; s1 = sum(da) and s2 = sum(da * xhat) are [C]. The gradient, where
+    the norm :func:`is_pytorchs_own`, is ``"dx"`` through batch statistics, ``"scaled"``, scale * da, or nothing.
     """
     known = (vectors.mean, vectors.rstd.pow(-2)) if gives == "scaled" else (None, None)
     mask = _PARAMETERS if gives == "sums" else _ALL
     rest = (vectors.weight, *known, vectors.mean, vectors.rstd, gives != "scaled", 0.0, mask)
 
     def backward(da: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if not is_of_images:
-            da, x = _as_norms_see(da), _as_norms_see(x)
-        dx, s2, s1 = _batch_norm_backward(da, x, *rest)
+        dx, s2, s1 = _batch_norm_backward(_as_norms_see(da), _as_norms_see(x), *rest)
         return dx, s1, s2
 
     return backward
-
-
-def is_at_once(dims: int, batch_stats: bool, group: Group | None) -> bool:
-    """Whether one pass of PyTorch's own is a norm's whole backward, for inputs of so many dimensions."""
-    return batch_stats and dims == 4 and group is None
 
 
 def add_up(sums: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -310,7 +313,7 @@ class Correction(NamedTuple):
 
 
 def input_gradient(da: Tensor, scale: Tensor, x: Tensor, through: Correction | None, out: Tensor) -> Tensor:
-    """scale * da + (p - q * mean) + q * x of [N, C, *spatial], in ``out`` of da's dtype.
+    """scale * da + (p - q * mean) + q * x of [N, C, *spatial], in ``out``.
 
     The vectors are as they go with x; ``None`` for running statistics.
     """
@@ -325,7 +328,7 @@ def normed(x: Tensor, norm: Norm) -> Iterator[tuple[Chunk, Tensor]]:
     vectors = affine(norm, accumulator_dtype(x.dtype))
     affine_map = AffineMap(vectors.scale, vectors.shift, x.dim())
     scratch = Scratch(passed_dtype(x.dtype, x.dim(), None), x.device)
-    source = in_channels_last(x) if scratch.dtype == x.dtype else x
+    source = x if scratch.dtype == vectors.scale.dtype else in_channels_last(x)
     for chunk in chunks(x.shape, x.device):
         part = chunk.of(source)
         yield chunk, affine_map.into(scratch("a", part.shape))(part)
@@ -343,9 +346,9 @@ def normed_backward(write_da: Callable[[Chunk, Tensor, Tensor], None], x: Tensor
     group = join(norm.group, count, x.device)
     passed = passed_dtype(x.dtype, dims, group)
     scratch, parts = Scratch(passed, x.device), chunks(x.shape, x.device)
-    at_once = x.dtype == passed and is_at_once(dims, norm.batch_stats, group)
+    at_once = x.dtype == passed and norm.batch_stats and is_pytorchs_own(dims, group)
     da, sums = empty_channels_last(x.shape, passed, x.device), []
-    backward = norm_backward(vectors, dims == 4, "dx" if at_once else "sums")
+    backward = norm_backward(vectors, "dx" if at_once else "sums")
     for chunk in parts:
         x_chunk, da_chunk = chunk.of(source), chunk.of(da)
         if x.dtype != passed:

@@ -52,7 +52,7 @@ from .batch_norm import (
     gemm_dtype,
     images,
     input_gradient,
-    is_at_once,
+    is_pytorchs_own,
     laid_out_as,
     mask_by_relu,
     merge_stats,
@@ -86,6 +86,7 @@ class _Block:
         self.keep_scale = layers.keep_scale
         self.group = join(layers.group, out.numel() // channels, out.device)
         self.passed = passed_dtype(dtype, out.dim(), self.group) if dtype == out.dtype == self.compute else self.acc
+        self.narrow = self.passed != self.acc  # then norms want dense sources
 
         def halves(weights: list[Tensor], masks: list[Tensor]) -> list[_Half]:
             return [
@@ -112,7 +113,7 @@ class _Block:
         compute = self.compute
         if compute == z.dtype:
             of_dy = conv_backward(z, cast(weight, compute), need_weight)
-            return of_dy if compute == self.acc else lambda dy: of_dy(cast(dy, compute))
+            return lambda dy: of_dy(cast(dy, compute))
 
         def backward(dy: Tensor) -> tuple[Tensor, Tensor | None]:
             dz, dweight = conv_backward(cast(z, compute), cast(weight, compute), need_weight)(cast(dy, compute))
@@ -190,11 +191,11 @@ class _Backward(_NormRelu):
         norm_gives: Literal["sums", "scaled", "dx"],
     ):
         """``norm_reads``: the source, dense and of the dtype that is passed; a copy that is; or z, which shows it."""
-        dims = len(half.shape)
-        super().__init__(block, half, AffineMap(vectors.scale, vectors.shift, dims), norm_reads == "copy")
+        affine_map = AffineMap(vectors.scale, vectors.shift, len(half.shape))
+        super().__init__(block, half, affine_map, norm_reads == "copy")
         self._reads_z = norm_reads == "z"
         self._conv_backward = [block.conv_backward(z, half.weight, need_weight) for z in self._z]
-        self.norm_backward = norm_backward(vectors.of_output() if self._reads_z else vectors, dims == 4, norm_gives)
+        self.norm_backward = norm_backward(vectors.of_output() if self._reads_z else vectors, norm_gives)
         self.vectors, self.at_once = vectors, norm_gives == "dx"
         self.dweight: Tensor | None = None
         self.sums: Sequence[Tensor | None] = (None, None)  # the norm's
@@ -237,8 +238,7 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
     hidden_stats = list(map(ChannelStats, *bottleneck_stats))
     norms1 = [LateAffineMap(layers.norm1(i, stats), block.acc, dims) for i in range(depth)]
     norms2 = [LateAffineMap(layers.norm2(i, hidden_stats[i]), block.acc, dims) for i in range(len(block.seconds))]
-    narrow = block.passed != block.acc  # then norms want dense sources
-    firsts = [_Forward(block, half, norm, narrow) for half, norm in zip(block.firsts, norms1, strict=True)]
+    firsts = [_Forward(block, half, norm, block.narrow) for half, norm in zip(block.firsts, norms1, strict=True)]
     seconds = [_Forward(block, half, norm) for half, norm in zip(block.seconds, norms2, strict=True)]
     sources = [half.cut(prefix(out, c0 + layer * growth_rate)) for layer, half in enumerate(firsts)]
     targets = [half.cut(new) for half, new in zip(seconds or firsts, written, strict=True)]
@@ -350,16 +350,18 @@ def dense_block_backward(
     hidden_stats = list(map(ChannelStats, output.bottleneck_mean, output.bottleneck_var))
     norms1 = affines([layers.norm1(i, stats) for i in range(len(block.firsts))], block.acc)
     norms2 = affines([layers.norm2(i, hidden_stats[i]) for i in range(len(block.seconds))], block.acc)
-    wide, dims = block.dtype == block.acc, output.out.dim()
-    dense, narrow = block.dtype == block.passed, block.passed != block.acc
+    dims, narrow, dense = output.out.dim(), block.narrow, block.dtype == block.passed
+    shown = show_inputs(norms1) if dense and not narrow else [False] * len(norms1)
     firsts = [
-        _Backward(block, half, norm, need_weight, "z" if wide and shown else "copy", "scaled" if narrow else "sums")
-        for half, norm, need_weight, shown in zip(block.firsts, norms1, needs.conv1, show_inputs(norms1), strict=True)
+        _Backward(block, half, norm, need_weight, "z" if is_shown else "copy", "scaled" if narrow else "sums")
+        for half, norm, need_weight, is_shown in zip(block.firsts, norms1, needs.conv1, shown, strict=True)
     ]
-    at_once = [dense and is_at_once(dims, batch_stats, block.group) for batch_stats in layers.norm2_batch_stats]
+    whole = dense and is_pytorchs_own(dims, block.group)
     seconds = [
-        _Backward(block, half, norm, need_weight, "source" if dense else "copy", "dx" if whole else "sums")
-        for half, norm, need_weight, whole in zip(block.seconds, norms2, needs.conv2, at_once, strict=True)
+        _Backward(block, half, norm, need_weight, "source" if dense else "copy", "dx" if whole and batch else "sums")
+        for half, norm, need_weight, batch in zip(
+            block.seconds, norms2, needs.conv2, layers.norm2_batch_stats, strict=True
+        )
     ]
     gradient = _GradientOfX(grad_out, output, layers, block)
     sources, gathered, throughs = [], [], []  # of each layer: what it reads of X, and adds to of G, P and Q
