@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+OLDEST := 'torch==2.11.*' 'numpy<2.4'
 PEERS := $(VENV)/.peers
 
-.PHONY: help install bench bench-peers plots figures docs-numbers kernel-report gpu-check tune test lint format clean
+.PHONY: help install bench bench-peers plots figures docs-numbers kernel-report gpu-check tune test test-oldest lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -14,7 +15,7 @@ install: $(INSTALLED)  ## make the environment
 
 $(INSTALLED): pyproject.toml setup.py $(wildcard kernels/cpu/src/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -e '.[dev]'
+	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -e '.[dev]' $(TORCH)
 	touch $@
 
 bench: $(INSTALLED)  ## fast against naive: parity, speed, memory, plots, a report (about five minutes)
@@ -48,6 +49,9 @@ tune: $(INSTALLED)  ## on a GPU: write its kernels/tuned/<gpu>.json
 test: $(INSTALLED)  ## everything that can run on this machine
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist loadfile
 
+test-oldest:  ## the same with the oldest torch that is supported, in an environment of its own
+	$(MAKE) test VENV=$(VENV)-oldest TORCH="$(OLDEST)"
+
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,4 +62,4 @@ format: $(INSTALLED)  ## let ruff rewrite the files
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and everything made
-	rm -rf $(VENV) build dist *.egg-info out
+	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info out

@@ -3,7 +3,8 @@
 Checks run one after the other, each saved when done to ``benchmarks/results/<device>/gpu-check.json``; a second run
 goes on with those the same commit has not answered yet. A run starts no check after ``--minutes``.
 
-- parity: the tests of the kernels, and ``fastdense verify``, in float32, float16 and bfloat16 against float64
+- parity: ``fastdense verify``, the tests of the kernels, and at the end all others that need a GPU, in float32, float16
+  and bfloat16 against float64
 - kernels: each launch of a DenseNet-121, its median time beside its floor at the GPU's measured ceilings
 - parts: each block and transition beside stock PyTorch and torch.compile doing the same
 - networks: inference, training forward and step with SGD at batch 1, 32 and 256, beside eager channels-last AMP and
@@ -14,7 +15,10 @@ goes on with those the same commit has not answered yet. A run starts no check a
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -38,6 +42,14 @@ from .launches import Launch, recorded
 
 _BATCHES = (256, 32, 1)
 _MODES = ("inference", "training forward", "training step")
+_FIRST = [
+    ("inference", 256),
+    ("training step", 256),
+    ("inference", 1),
+    ("training step", 32),
+    ("training forward", 256),
+]
+_TESTS = ("numerics", "ops", "state", "freeze", "determinism", "compile")  # beside those of the kernels
 _DTYPE = torch.bfloat16
 
 
@@ -51,28 +63,37 @@ class Check:
 
 def checks() -> list[Check]:
     """All of them, the most important first."""
-    found = [Check("parity/tests", _tests), Check("parity/verify", _verify), Check("ceilings", ceilings)]
+    found = [
+        Check("parity/verify", _verify),
+        Check("parity/triton", partial(_tests, "triton")),
+        Check("ceilings", ceilings),
+    ]
     for batch in (256, 32):
         for mode in ("training step", "inference"):
             found.append(Check(f"kernels/{mode}/{batch}", partial(_kernels, mode, batch)))
+    cases = dict.fromkeys([*_FIRST, *itertools.product(_MODES, _BATCHES)])
     for contender in ("fast", "fast, CUDA graph", "eager", "torch.compile"):
-        for mode in _MODES:
-            for batch in _BATCHES:
-                found.append(Check(f"networks/{mode}/{batch}/{contender}", partial(_network, contender, mode, batch)))
+        for mode, batch in cases:
+            found.append(Check(f"networks/{mode}/{batch}/{contender}", partial(_network, contender, mode, batch)))
     for contender in ("fast", "eager", "torch.compile"):
         found.append(Check(f"parts/{contender}", partial(_parts, contender)))
+    found += [Check(f"parity/{name}", partial(_tests, name)) for name in _TESTS]
     return [*found, Check("sanitizer", _sanitizer)]
 
 
 # -- answers --------------------------------------------------------------------------------------------------------
 
 
-def _tests() -> dict[str, Any]:
-    folder = Path(__file__).parent.parent / "tests"
-    if not folder.exists():
+def _tests(name: str) -> dict[str, Any]:
+    """Those of ``tests/test_<name>.py`` that need a GPU, by this Python; several at a time, for Triton to compile."""
+    file = Path(__file__).parent.parent / "tests" / f"test_{name}.py"
+    if not file.exists():
         return {"passed": None, "note": "no tests beside the package: not a checkout"}
-    command = ["-q", "-x", str(folder / "test_triton.py"), str(folder / "test_numerics.py"), "-k", "not compile_clean"]
-    run = subprocess.run(["pytest", *command], capture_output=True, text=True, check=False)
+    options = ["-q", "--maxfail", "20", "-m", "gpu", "-k", "not compile_clean"]
+    command = [sys.executable, "-m", "pytest", *options, str(file)]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    run = subprocess.run(command, cwd=file.parent, capture_output=True, text=True, check=False)  # not beside `kernels`
     return {"passed": run.returncode == 0, "summary": run.stdout.strip().splitlines()[-1:], "tail": run.stdout[-3000:]}
 
 
@@ -113,7 +134,7 @@ def _network(contender: str, mode: str, batch: int) -> dict[str, Any]:
     library = reference if contender in ("eager", "torch.compile") else fastdense
     net, x = _model(library, mode != "inference"), _input(batch)
     started = time.perf_counter()
-    run = _runner(torch.compile(net, mode="max-autotune") if contender == "torch.compile" else net, x, mode)
+    run = _runner(_compiled(net, "max-autotune") if contender == "torch.compile" else net, x, mode)
     run()
     torch.cuda.synchronize()
     first = time.perf_counter() - started
@@ -123,6 +144,11 @@ def _network(contender: str, mode: str, batch: int) -> dict[str, Any]:
     seconds = _seconds(run, 200)
     peak = torch.cuda.max_memory_allocated()
     return {"seconds": seconds, "images_per_s": batch / seconds, "first_call_s": first, "peak_bytes": peak}
+
+
+def _compiled(net: nn.Module, mode: str) -> Any:
+    torch.compiler.reset()  # the same code is compiled for so few modules, and then runs as it is
+    return torch.compile(net, mode=mode)
 
 
 def _runner(net: Any, x: Tensor, mode: str) -> Callable[[], Any]:
@@ -171,7 +197,7 @@ def _parts(contender: str) -> list[dict[str, Any]]:
             channels = next(m for m in part.modules() if isinstance(m, nn.BatchNorm2d)).num_features
             x = torch.randn(256, channels, size, size, dtype=_DTYPE, device="cuda")
             x = x.to(memory_format=torch.channels_last)
-            module = torch.compile(part) if contender == "torch.compile" else part
+            module = _compiled(part, "default") if contender == "torch.compile" else part
             mode = "training forward" if train else "inference"
             rows.append({"part": name, "mode": mode, "seconds": _seconds(_runner(module, x, mode))})
             size //= 2 if name.startswith("transition") else 1

@@ -398,7 +398,8 @@ class FusedTransition(Fused):
         ``channels_last``: the features of the fallback would have that layout, on which its dropout depends.
         """
         ready = self._ready_for(x)
-        out = self._at_once(x, ready) if isinstance(x, Tensor) and min(x.shape[2:], default=0) > 1 else None
+        poolable = isinstance(x, Tensor) and x.dim() > 2 and min(x.shape[2:]) > 1
+        out = self._at_once(x, ready) if poolable else None
         if out is not None:
             return out
         backend = _fast_backend(self, x, self.read() if ready is None else ready.reading)
@@ -514,9 +515,16 @@ def _is_transformed() -> bool:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What a stock convolution casts x to, ``None`` where it does not."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if _has_autocast(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return None
+
+
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch 2.11's Dynamo cannot trace it
 
 
 def _conv_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

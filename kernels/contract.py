@@ -117,7 +117,7 @@ class DenseLayers(NamedTuple):
 
     @property
     def has_bottleneck(self) -> bool:
-        return bool(self.conv2_weight)
+        return len(self.conv2_weight) > 0
 
     @property
     def growth_weight(self) -> list[Tensor]:

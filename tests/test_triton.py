@@ -31,6 +31,8 @@ pytestmark = [
 ]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED:
+    pytestmark.append(pytest.mark.gpu)
 only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 PRECISIONS = {
     "fp32": dict(dtype=torch.float32),
@@ -577,6 +579,23 @@ def test_gpu_check_goes_on_where_it_stopped(tmp_path):
     assert picture.stat().st_size > 10_000
     assert run([*todo, answer("parity/x", RuntimeError("no"))], path, {"commit": "b"}, 1, False, console) == 1
     assert len(calls) == 9
+
+
+def test_gpu_check_runs_its_tests_by_its_own_python(monkeypatch):
+    from fastdense.benchmarks.gpu_check import checks
+
+    commands = []
+
+    def run(command, cwd, **_):
+        assert not (cwd / "kernels").exists(), "it would be imported a second time"
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, "5 passed", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    tests = [check for check in checks() if check.name.startswith("parity/") and check.name != "parity/verify"]
+    assert all(check.answer()["passed"] for check in tests), "a file is missing"
+    assert len(commands) == len(tests)
+    assert all(command[:3] == [sys.executable, "-m", "pytest"] for command in commands)
 
 
 # -- what the compiler makes of them --------------------------------------------------------------------------------

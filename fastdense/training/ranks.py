@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -49,7 +49,8 @@ class Ranks:
             mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world,))
             for stage in model.features.children():
                 if isinstance(stage, FastDenseBlock | FastTransition):
-                    fully_shard(stage, mesh=mesh)
+                    with suppress(ValueError):  # torch 2.11 takes no ModuleDict: it is sharded with the rest
+                        fully_shard(stage, mesh=mesh)
             return fully_shard(model, mesh=mesh)  # type: ignore[return-value]
         devices = [self.device] if self.device.type == "cuda" else None
         shared = nn.parallel.DistributedDataParallel(
