@@ -35,10 +35,10 @@ def hooked(module: nn.Module) -> str | None:
 
 def own_hooks(module: nn.Module) -> str | None:
     """The same, of the module itself."""
-    state = module.__dict__
-    forward, forward_pre, backward, backward_pre = HOOKS  # one by one, which is quicker than a loop
-    if state[forward] or state[forward_pre] or state[backward] or state[backward_pre]:
+    # As attributes, of which Dynamo guards that there are none: as entries of its dict torch 2.13 overlooks later ones.
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks"
+    state = module.__dict__
     if "forward" in state:
         return "its forward was replaced"
     if state.get("_compiled_call_impl") is not None:

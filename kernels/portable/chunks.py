@@ -27,7 +27,7 @@ class Chunk(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """Its part of [N, ...]; all of it without a slice, which in a deep network adds up."""
-        return x if self.size == len(x) else x[self.images]
+        return x if self.size == x.shape[0] else x[self.images]
 
 
 @functools.lru_cache(1024)  # a network has few shapes, and asks for each in every step
