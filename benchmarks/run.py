@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastdense.architectures import CONFIGS
+from fastdense.architectures import CONFIGS, image_size
 from fastdense.cli import positive
 
 from . import parts, rounds, timing, training
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default=default_device(), help="cpu or cuda (default: the GPU if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32, and bf16 on a GPU", **several)
     parser.add_argument("--arch", choices=CONFIGS, metavar="NETWORK", help="time these instead", **several)
-    parser.add_argument("--size", type=positive, help="their height and width (default: 224)", **several)
+    parser.add_argument("--size", type=positive, help="height and width (default: 224; CIFAR networks: 32)", **several)
     parser.add_argument("--batch", type=positive, help="their images in a batch (default: 8)", **several)
     parser.add_argument("--mode", choices=MODES, help="what of them is timed (default: step and inference)", **several)
     parser.add_argument("--seconds", type=float, help="about how long the rounds of one mode take")
@@ -119,9 +119,13 @@ def _chosen(options: argparse.Namespace) -> Suite:
         contenders = max((meeting.contenders for meeting in suite.meetings), key=len, default=NAIVE_AND_FAST)
         modes = options.mode or ("step", "inference")
         phases = [tuple(m for m in modes if m in phase) for phase in (TRAINING, INFERENCE)]
-        networks = itertools.product(options.arch or ["densenet121"], options.size or [224])
+        networks = [
+            Network(arch, size)
+            for arch in options.arch or ["densenet121"]
+            for size in options.size or [image_size(arch)]
+        ]
         meetings = [
-            Meeting(Network(*network), phase, contenders, tuple(options.batch or [8]))
+            Meeting(network, phase, contenders, tuple(options.batch or [8]))
             for network, phase in itertools.product(networks, filter(None, phases))
         ]
         suite = Suite(tuple(meetings), suite.seconds)

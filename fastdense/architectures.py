@@ -82,6 +82,11 @@ def config_of(name: str) -> dict[str, Any]:
     return cifar_config(int(found[2]), int(found[3]), bottleneck=is_bc, compression=0.5 if is_bc else 1.0)
 
 
+def image_size(name: str) -> int:
+    """Height and width of the images that the paper gives a named network: 224 of ImageNet, 32 of CIFAR."""
+    return 32 if config_of(name).get("small_inputs") else 224
+
+
 def constructor(cls: Callable[..., Model], name: str) -> Callable[..., Model]:
     """The function ``name(*, weights=None, progress=True, **kwargs)`` that builds ``cls``."""
 

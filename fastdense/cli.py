@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .architectures import CONFIGS
+from .architectures import CONFIGS, image_size
 from .backends import status
 from .roofline import GPUS
 from .training import command as training
@@ -176,7 +176,7 @@ def _plan(arguments: argparse.Namespace, _: list[str]) -> int:
     if all(given):
         ceilings = roofline.Ceilings(arguments.bandwidth * 1e9, arguments.flops * 1e12, "as given")
     options: dict[str, Any] = dict(
-        size=arguments.size or (32 if CONFIGS[arguments.arch].get("small_inputs") else 224),
+        size=arguments.size or image_size(arguments.arch),
         dtype=arguments.dtype,
         train=arguments.train,
         memory_efficient=arguments.memory_efficient,

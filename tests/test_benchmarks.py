@@ -177,11 +177,13 @@ def test_report_is_one_page_that_holds_everything(smoke: Path) -> None:
 
 
 def test_networks_of_ones_own_choice(tmp_path: Path) -> None:
-    chosen = ["--arch", "densenet_40_12", "--size", "8", "--batch", "1", "2", "--mode", "inference"]
-    assert run.main([*chosen, "--seconds", "0.01", "--output", str(tmp_path)]) == 0
-    results = results_module.load(*results_module.newest(tmp_path))
-    found = {(row["title"], row["batch"], row["dtype"], row["mode"]) for row in results["speed"]}
-    assert found == {("densenet_40_12, 8x8", batch, "fp32", "inference") for batch in (1, 2)}
+    chosen = ["--arch", "densenet_40_12", "--batch", "1", "2", "--mode", "inference", "--seconds", "0.01"]
+    for size, options in ((8, ["--size", "8"]), (32, [])):  # of the paper where none is given
+        folder = tmp_path / str(size)
+        assert run.main([*chosen, *options, "--output", str(folder)]) == 0
+        results = results_module.load(*results_module.newest(folder))
+        found = {(row["title"], row["batch"], row["dtype"], row["mode"]) for row in results["speed"]}
+        assert found == {(f"densenet_40_12, {size}x{size}", batch, "fp32", "inference") for batch in (1, 2)}
     assert not results["memory"]
 
 
