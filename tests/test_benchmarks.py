@@ -184,7 +184,7 @@ def test_networks_of_ones_own_choice(tmp_path: Path) -> None:
         results = results_module.load(*results_module.newest(folder))
         found = {(row["title"], row["batch"], row["dtype"], row["mode"]) for row in results["speed"]}
         assert found == {(f"densenet_40_12, {size}x{size}", batch, "fp32", "inference") for batch in (1, 2)}
-    assert not results["memory"]
+        assert not results["memory"]
 
 
 def test_plots_refuse_without_results(
