@@ -10,12 +10,13 @@ import contextlib
 import importlib.util
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from .kernels.cpu import library as cpu_library
 from .text import aligned
@@ -106,9 +107,26 @@ def kernels(name: str) -> ModuleType:
     return importlib.import_module(module)
 
 
-def preparation(name: str, op: str) -> Callable[..., Any] | None:
-    """What makes a function of x alone of an op's other arguments, in a backend that has such a thing."""
-    return getattr(kernels(name), "PREPARED", {}).get(op)
+class Prepared(Protocol):
+    """An op whose other arguments a backend has ready, or several ops, each of what the one before makes."""
+
+    def is_current(self) -> bool:
+        """Whether another one of the same arguments, as they are now, would compute the same."""
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Of an x of ``shape``; with a zero where there would be no pixels."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The output; from any thread."""
+
+
+CHAIN = "chain"
+"""What makes one of several: of them, and of those whose weights may change."""
+
+
+def preparation(name: str, op: str) -> Callable[..., Prepared] | None:
+    """What makes an op ready of its arguments after x, or :data:`CHAIN`, in a backend that has such a thing."""
+    return None if name == REFERENCE else getattr(kernels(name), "PREPARED", {}).get(op)
 
 
 def select(device: torch.device, dtype: torch.dtype, spatial_dims: int = 2) -> str:

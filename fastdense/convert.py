@@ -103,7 +103,8 @@ def to_reference(model: nn.Module, inplace: bool = False) -> nn.Module:
     if not inplace:
         model = copy.deepcopy(model)
     for module in model.modules():
-        vars(module).pop("_warned_of_fallback", None)
+        for ours in ("_ready", "_warned_of_fallback"):
+            vars(module).pop(ours, None)
         if isinstance(module, Converted):
             module.__class__ = module._original  # type: ignore[assignment]
         else:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from .chain import stem_tail_size
 from .convert import convert
 from .frozen import Frozen
 from .models import FastDenseNet
 from .modules import FusedBlock, FusedTransition
 from .norms import running_norm
 from .served import DIMS, hooked, unusual
-from .stages import stem_tail_size
 
 
 def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

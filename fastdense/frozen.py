@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import backends, ops
+from .backends import Prepared
 from .modules import autocast_dtype
 
 
@@ -48,7 +49,7 @@ class Frozen(nn.Module):
             if isinstance(leaf, Tensor):
                 self.register_buffer(f"tensor{i}", leaf.detach().clone(), persistent=False)
         self._weight = f"tensor{next(i for i, leaf in enumerate(leaves) if leaf is weight)}"
-        self._prepared: dict[tuple[object, ...], Callable[[Tensor], Tensor]] = {}
+        self._found: dict[tuple[object, ...], tuple[Prepared | None, dict[str, Any]]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """What the op makes of x.
@@ -58,18 +59,32 @@ class Frozen(nn.Module):
             TypeError: it is of another dtype, or on another device, than the tensors.
             RuntimeError: a gradient would be needed, or the reference is asked for.
         """
+        prepared, options = self._found_for(x)
+        if prepared is None or torch.compiler.is_compiling() or ops.are_observed():
+            return getattr(ops, self.op)(x, *self._arguments(), **options)
+        return prepared(x)
+
+    def prepared(self, x: Tensor) -> Prepared | None:
+        """What makes the output of x and of tensors like it, in a backend that has it more ready than its op is."""
+        return self._found_for(x)[0]
+
+    def _found_for(self, x: Tensor) -> tuple[Prepared | None, dict[str, Any]]:
+        """The same, and the op's options, for tensors like x."""
         if x.dim() != self._dims or x.shape[1] != self._channels:
             wanted = ", ".join(["N", str(self._channels), *"DHW"[5 - self._dims :]])
             raise ValueError(f"this frozen stage takes [{wanted}], got {list(x.shape)}")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a frozen stage has no backward: train the model that it was made from")
         cast_to, backend = autocast_dtype(x) or self._dtype, backends.select(x.device, x.dtype, x.dim() - 2)
-        if torch.compiler.is_compiling():
-            return self._run(x, **self._options(x, cast_to, backend))
         key = x.dtype, x.device, cast_to, backend
-        if key not in self._prepared:
-            self._prepared[key] = self._prepare(x, **self._options(x, cast_to, backend))
-        return self._prepared[key](x)
+        if torch.compiler.is_compiling():
+            return None, self._options(x, cast_to, backend)
+        if key not in self._found:
+            options = self._options(x, cast_to, backend)
+            prepare = backends.preparation(backend, self.op)
+            dtypes = dict(x_dtype=x.dtype) | ({"dtype": options["dtype"]} if self._convolves else {})
+            self._found[key] = prepare and prepare(*self._arguments(), **dtypes), options
+        return self._found[key]
 
     def extra_repr(self) -> str:
         return f"{self.op}, {self._channels}"
@@ -84,16 +99,6 @@ class Frozen(nn.Module):
             raise RuntimeError("a frozen stage has no reference: run the model that it was made from")
         return dict(backend=backend) | (dict(dtype=cast_to or weight.dtype) if self._convolves else {})
 
-    def _run(self, x: Tensor, **options: Any) -> Tensor:
-        return getattr(ops, self.op)(x, *self._arguments(), **options)
-
-    def _prepare(self, x: Tensor, backend: str, **options: Any) -> Callable[[Tensor], Tensor]:
-        """A function of tensors like x, which a backend may have more ready than its op is."""
-        prepare = backends.preparation(backend, self.op)
-        if prepare is None:
-            return lambda x: self._run(x, backend=backend, **options)
-        return prepare(*self._arguments(), x_dtype=x.dtype, **options)
-
     def _arguments(self) -> tuple[Any, ...]:
         leaves = [self._buffers.get(f"tensor{i}", leaf) for i, leaf in enumerate(self._plain)]
         return pytree.tree_unflatten(leaves, self._structure)
@@ -104,8 +109,8 @@ class Frozen(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
-        self._prepared = {}  # they point to the tensors of before
+        self._found = {}  # they point to the tensors of before
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_prepared": {}}
+        return self.__dict__ | {"_found": {}}

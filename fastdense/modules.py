@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import backends, layouts, ops, reference
+from . import backends, checks, layouts, ops, reference
+from .backends import Prepared
 from .kernels.contract import ChannelStats, DenseLayers, Norm, empty_channels_last, in_channels_last
 from .layouts import BlockLayout, TransitionLayout
 from .norms import (
@@ -32,7 +34,7 @@ from .norms import (
     update_running_stats,
     uses_batch_stats,
 )
-from .ready import Ready
+from .ready import Inference, Ready
 from .served import DIMS, BatchNorm, Conv, global_hooks, obstacle_in, own_hooks, parameter, unusual
 
 
@@ -90,8 +92,18 @@ class Fused(nn.Module):
             return None
         return Ready.of(self)
 
+    def prepared(self, x: Tensor) -> Prepared | None:
+        """What makes the output of x, and of tensors like it, in evaluation without autograd; ``None`` for no such."""
+        found = self._inference_of(x, self._ready_for(x))
+        return None if found is None else found[0].prepared(x, *found[1:])
+
     def _at_once(self, x: Tensor, ready: Ready | None) -> Tensor | None:
         """In evaluation without autograd the output, by what an earlier call has made ready; else ``None``."""
+        found = self._inference_of(x, ready)
+        return None if found is None else found[0].run(x, *found[1:])
+
+    def _inference_of(self, x: Tensor, ready: Ready | None) -> tuple[Inference, torch.dtype, str] | None:
+        """What makes the output of x at once, with the dtype that it convolves in and the backend; else ``None``."""
         if self.training or ready is None or isinstance(ready.reading, str):
             return None
         inference = ready.inference(self)
@@ -100,7 +112,7 @@ class Fused(nn.Module):
         backend = _fast_backend(self, x)
         if backend is None or not _stock_computes(x, *inference.first) or x.shape[1] != inference.channels:
             return None
-        return inference.run(x, _conv_dtype(x, parameter(inference.first[1], "weight")), backend)
+        return inference, _conv_dtype(x, parameter(inference.first[1], "weight")), backend
 
 
 class FusedBlock(Fused):
@@ -398,8 +410,7 @@ class FusedTransition(Fused):
         ``channels_last``: the features of the fallback would have that layout, on which its dropout depends.
         """
         ready = self._ready_for(x)
-        poolable = isinstance(x, Tensor) and x.dim() > 2 and min(x.shape[2:]) > 1
-        out = self._at_once(x, ready) if poolable else None
+        out = self._at_once(x, ready)
         if out is not None:
             return out
         backend = _fast_backend(self, x, self.read() if ready is None else ready.reading)
@@ -412,6 +423,10 @@ class FusedTransition(Fused):
             return super().forward(x if channels_last else x.contiguous())  # type: ignore[misc]
         dtype = _conv_dtype(x, conv.weight)
         return ops.transition(x, norm_for(norm, x, stats, backend), conv.weight, dtype=dtype, backend=backend)
+
+    def _inference_of(self, x: Tensor, ready: Ready | None) -> tuple[Inference, torch.dtype, str] | None:
+        can_be_pooled = isinstance(x, Tensor) and x.dim() > 2 and min(x.shape[2:]) > 1
+        return super()._inference_of(x, ready) if can_be_pooled else None
 
     def inference_arguments(self) -> tuple[Norm, Tensor] | None:
         if self.read() or self._drops():
@@ -450,12 +465,12 @@ class FastTransition(FusedTransition, reference.Transition):
         return layouts.DROPPING_TRANSITION if "drop" in self._modules else layouts.TRANSITION
 
 
-def stem_tail(norm: BatchNorm, relu: nn.Module | None, pool: nn.Module, x: Tensor) -> Tensor:
-    """``pool(relu(norm(x)))`` in one pass where the three are a stem's, else one by one.
+def stem_tail(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """``pool(relu(norm(x)))`` in one pass where the parts are a stem's, else one by one.
 
-    ``relu``: ``None`` where the norm carries it.
+    ``parts``: norm, ReLU and pool, without the ReLU where the norm carries it.
     """
-    parts = [part for part in (norm, relu, pool) if part is not None]
+    norm = cast(BatchNorm, parts[0])
     backend = None if any(map(unusual, parts)) else _fast_backend(norm, x)
     if backend is None or not _stock_computes(x, norm):
         for part in parts:
@@ -463,6 +478,18 @@ def stem_tail(norm: BatchNorm, relu: nn.Module | None, pool: nn.Module, x: Tenso
         return x
     x = in_channels_last(x)  # once for the statistics, the pool and the backward
     return ops.stem_tail(x, norm_for(norm, x, None, backend), backend=backend)
+
+
+def prepared_stem_tail(parts: Sequence[nn.Module], x: Tensor) -> Prepared | None:
+    """What makes :func:`stem_tail` of x, and of tensors like it, without autograd; ``None`` for no such."""
+    norm = cast(BatchNorm, parts[0])
+    backend = None if any(map(unusual, parts)) else _fast_backend(norm, x)
+    running = running_norm(norm)
+    prepare = None if backend is None else backends.preparation(backend, "stem_tail")
+    if prepare is None or running is None or not _stock_computes(x, norm):
+        return None
+    checks.check_norm("stem_tail", x, running)
+    return prepare(running, x_dtype=x.dtype)
 
 
 def head(norm: BatchNorm, x: Tensor, stats: BatchStats | None) -> Tensor:
@@ -478,7 +505,7 @@ def head(norm: BatchNorm, x: Tensor, stats: BatchStats | None) -> Tensor:
 
 def _fast_backend(module: nn.Module, x: Tensor, obstacle: str | None = None) -> str | None:
     """The backend for ``x``, or ``None`` where the reference must run: on request, or for an obstacle, warned of."""
-    if not isinstance(x, Tensor) or x.dim() not in (3, 4, 5) or x.numel() == 0 or _is_transformed():
+    if not isinstance(x, Tensor) or x.dim() not in (3, 4, 5) or x.numel() == 0 or is_transformed():
         if groups([m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]) - {""}:
             # the other processes would wait for what the reference does not send
             raise ValueError(
@@ -505,7 +532,7 @@ def _warn(message: str) -> None:
 _warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Inside torch.func's vmap, grad or jvp, or forward-mode differentiation, of which the ops know nothing."""
     if torch.compiler.is_compiling():
         return False

@@ -106,7 +106,7 @@ def dense_block(
     checks.check_layers("dense_block", x, layers)
     lists, options = _flattened(layers)
     options.update(dtype=dtype, save_bottleneck=save_bottleneck, backend=backend)
-    if not _is_seen(x, *lists):
+    if not _is_seen(x, *itertools.chain(*lists)):
         return _dense_block_directly(x, lists, options)
     return DenseBlockOutput(*torch.ops.fastdense.dense_block(x, *lists, **options))
 
@@ -129,7 +129,7 @@ def transition(x: Tensor, norm: Norm, conv_weight: Tensor, *, dtype: torch.dtype
         ValueError: shapes that do not fit each other, or an image smaller than the pool.
     """
     checks.check_transition(x, norm, conv_weight)
-    return torch.ops.fastdense.transition(x, *norm[:4], conv_weight, **_options(norm), dtype=dtype, backend=backend)
+    return _call("transition", x, *norm[:4], conv_weight, **_options(norm), dtype=dtype, backend=backend)
 
 
 def stem_tail(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
@@ -138,7 +138,7 @@ def stem_tail(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
     [N, C, *spatial] -> [N, C, *ceil(size / 2)] of x's dtype, dense channels-last.
     """
     checks.check_norm("stem_tail", x, norm)
-    return torch.ops.fastdense.stem_tail(x, *norm[:4], **_options(norm), backend=backend)
+    return _call("stem_tail", x, *norm[:4], **_options(norm), backend=backend)
 
 
 def head(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
@@ -147,7 +147,14 @@ def head(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
     [N, C, *spatial] -> [N, C] of x's dtype.
     """
     checks.check_norm("head", x, norm)
-    return torch.ops.fastdense.head(x, *norm[:4], **_options(norm), backend=backend)
+    return _call("head", x, *norm[:4], **_options(norm), backend=backend)
+
+
+def _call(name: str, *tensors: Tensor, **options: Any) -> Any:
+    """The op; without autograd its implementation, where nobody could tell: the dispatcher takes longer than a head."""
+    if torch.is_grad_enabled() or _is_seen(*tensors):
+        return getattr(torch.ops.fastdense, name)(*tensors, **options)
+    return _IMPLEMENTATIONS[name](*tensors, **options)
 
 
 def are_observed() -> bool:
@@ -160,13 +167,13 @@ def are_observed() -> bool:
     )
 
 
-def _is_seen(x: Tensor, *lists: list[Tensor]) -> bool:
+def _is_seen(x: Tensor, *others: Tensor) -> bool:
     """Whether anything could tell an op of these tensors from the call of its implementation."""
     return (
         torch.compiler.is_compiling()
         or are_observed()
         or x.device.type == "meta"
-        or not set(map(type, itertools.chain([x], *lists))) <= {Tensor, nn.Parameter}
+        or not {type(x), *map(type, others)} <= {Tensor, nn.Parameter}
     )
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.pooling import _MaxPoolNd
 
+from .chain import Chain, may_run, steps
 from .modules import FusedBlock, FusedTransition, is_channels_last, stem_tail
 from .norms import BatchStats
-from .served import BatchNorm, carries_relu, hooked
+from .served import BatchNorm, hooked
 
 
 class FastSequential(nn.Sequential):
@@ -23,17 +24,6 @@ class FastSequential(nn.Sequential):
         return norm(x.contiguous() if volumes else x)
 
 
-def stem_tail_size(stages: Sequence[tuple[str, nn.Module]]) -> int:
-    """How many from the first are the tail of a stem: a norm, a ReLU unless the norm carries it, a max pool. Or 0."""
-    kinds = [type(module) for _, module in stages[:3]]
-    if not kinds or not issubclass(kinds[0], BatchNorm):
-        return 0
-    pools = [issubclass(kind, _MaxPoolNd) for kind in kinds]
-    if kinds[1:2] == [nn.ReLU] and pools[2:] == [True]:
-        return 3
-    return 2 if carries_relu(stages[0][1]) and pools[1:2] == [True] else 0
-
-
 def through(
     features: nn.Sequential, x: Tensor, visit: Callable[[str, Tensor], None] | None = None
 ) -> tuple[Tensor, BatchStats | None, BatchNorm | None]:
@@ -41,25 +31,32 @@ def through(
 
     ``visit`` is told the name and the output of every stage, of some that are fused only the last.
     """
-    stages = list(features.named_children())
+    if features.training and not torch.compiler.is_compiling():
+        Chain.forget(features)
+    remaining = steps(features)
     stats: BatchStats | None = None  # of x, where known
+    chain: Chain | None = None
     channels_last = is_channels_last(x)  # as the reference's features would be; ours always are
-    while stages:
-        stage = stages[0][1]
-        if isinstance(stage, BatchNorm) and len(stages) == 1:
+    while remaining:
+        (name, modules), stage = remaining[0], remaining[0].modules[0]
+        if isinstance(stage, BatchNorm) and len(remaining) == len(modules) == 1:
             return x, stats, stage
-        size = stem_tail_size(stages) or 1
-        names, fused = zip(*stages[:size], strict=True)
-        name = names[-1]
-        del stages[:size]
-        if size > 1:
-            x, stats = stem_tail(fused[0], fused[1] if size == 3 else None, fused[-1], x), None
+        if visit is None and remaining[0].is_fused() and may_run(x):
+            chain = chain or Chain.of(features)
+            x, done = chain.run(remaining, x)
+            if done:
+                stats = None
+                del remaining[:done]
+                continue
+        del remaining[0]
+        if len(modules) > 1:
+            x, stats = stem_tail(modules, x), None
         elif isinstance(stage, FusedBlock) and not hooked(stage):
             x, stats = stage.forward_with_stats(x, channels_last)
         elif isinstance(stage, FusedTransition) and not hooked(stage):
             x, stats = stage.forward(x, stats, channels_last), None
         else:
-            x, stats = stage(x), None
+            x, stats, chain = stage(x), None, None  # a stage may change others
             channels_last = is_channels_last(x)
         if visit is not None:
             visit(name, x)

@@ -33,7 +33,7 @@ class StemTail(nn.Sequential):
         super().__init__(OrderedDict(norm=nn.BatchNorm2d(8), relu=nn.ReLU(), pool=nn.MaxPool2d(3, stride=2, padding=1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return modules.stem_tail(*self, x)
+        return modules.stem_tail(list(self), x)
 
 
 class Head(nn.Sequential):

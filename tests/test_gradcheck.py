@@ -98,7 +98,7 @@ class StemTail(nn.Module):
         self.norm, self.relu, self.pool = NORMS[dims - 1](channels), nn.ReLU(), pool(3, 2, 1)
 
     def forward(self, x):
-        return stem_tail(self.norm, self.relu, self.pool, x)
+        return stem_tail((self.norm, self.relu, self.pool), x)
 
 
 class Head(nn.Module):

@@ -442,7 +442,7 @@ def test_from_several_threads(block: FastDenseBlock, x: Tensor) -> None:
 
 def test_a_snapshot_sees_each_attribute() -> None:
     module = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Sequential(nn.BatchNorm2d(1)))
-    snapshot = Snapshot(module)
+    snapshot = Snapshot(module, module.children())
     assert snapshot.holds(module)
     below = [vars(part) for part in module.modules() if part is not module]
     places = [

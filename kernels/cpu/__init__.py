@@ -3,6 +3,7 @@
 See :mod:`fastdense.kernels.contract` for what the functions compute.
 """
 
+from .chain import PreparedChain
 from .dense_block import PreparedBlock, dense_block, dense_block_backward, dense_block_inference
 from .pointwise import (
     PreparedStemTail,
@@ -20,6 +21,7 @@ PREPARED = {
     "dense_block_inference": PreparedBlock,
     "transition": PreparedTransition,
     "stem_tail": PreparedStemTail,
+    "chain": PreparedChain,
 }
 
 __all__ = [

@@ -32,7 +32,12 @@ def pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def extents(x: Tensor) -> dict[str, int]:
     """Of [N, C, *spatial], what all structs of arguments begin with."""
-    return {"images": len(x), **dict(zip(("depth", "height", "width"), _in_three_dimensions(x.shape[2:]), strict=True))}
+    return {"images": len(x), **spatial(x.shape[2:])}
+
+
+def spatial(sizes: Sequence[int]) -> dict[str, int]:
+    """The same of an image."""
+    return dict(zip(("depth", "height", "width"), _in_three_dimensions(sizes), strict=True))
 
 
 def run_on(library: Library, name: str, args: Structure, x: Tensor, out: Tensor) -> None:

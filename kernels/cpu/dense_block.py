@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 
 import torch
@@ -17,13 +17,15 @@ from ..contract import (
 )
 from ..group import join
 from ..portable.batch_norm import cast, laid_out_as, zero_stats
-from .arguments import Norms, Shares, Weights, extents, loaded, pixels, pointers, run_on, taps
+from .arguments import Norms, Shares, Weights, extents, loaded, pixels, pointers, taps
 from .library import DTYPES, DenseBlockArgs, TrainingArgs, TrainingLayerArgs
 from .packing import Prepared
 
 
 class PreparedBlock(Prepared):
     """A block at given statistics, ready to be called with x of ``x_dtype``: weights packed, arguments gathered."""
+
+    kernel = "dense_block"
 
     def __init__(self, layers: DenseLayers, x_dtype: torch.dtype, dtype: torch.dtype):
         norms = Norms(
@@ -34,10 +36,11 @@ class PreparedBlock(Prepared):
             layers.norm1_eps + layers.norm2_eps,
         )
         super().__init__(norms, layers.conv1_weight + layers.conv2_weight, dtype)
-        self._channels, self._store = layers.output_channels, torch.promote_types(x_dtype, dtype)
+        self.in_dtype = self.out_dtype = torch.promote_types(x_dtype, dtype)
+        self._channels = layers.output_channels
         conv3_depth, conv3_height, _ = taps(layers.growth_weight[0])
-        first, second = self._packed[: layers.num_layers], self._packed[layers.num_layers :]
-        self._args = DenseBlockArgs(
+        first, second = self.packed[: layers.num_layers], self.packed[layers.num_layers :]
+        self.args = DenseBlockArgs(
             **_widths(layers),
             norm1=norms.array,
             norm2=norms.array_from(layers.num_layers),
@@ -45,16 +48,14 @@ class PreparedBlock(Prepared):
             conv3=pointers(second or first),
             conv3_depth=conv3_depth,
             conv3_height=conv3_height,
-            store=DTYPES[self._store],
+            store=DTYPES[self.out_dtype],
             compute=DTYPES[dtype],
             norm_dtype=norms.dtype,
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """X alone, [N, C_L, *spatial]; from any thread."""
-        out = empty_channels_last((len(x), self._channels, *x.shape[2:]), self._store, x.device)
-        run_on(self._library, "dense_block", self._args, pixels(x, self._store), out)
-        return out
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """X alone: [N, C_0, *spatial] -> [N, C_L, *spatial]."""
+        return (shape[0], self._channels, *shape[2:])
 
 
 def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) -> Tensor:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import (
     CFUNCTYPE,
     POINTER,
+    PYFUNCTYPE,
     Array,
     Structure,
     c_char_p,
@@ -97,6 +98,23 @@ class PoolArgs(Structure):
     )
 
 
+class StageArgs(Structure):
+    """``Stage`` of ``src/abi.h``."""
+
+    _fields_ = _fields((c_int32, "kind"), (c_void_p, "args"), (c_int64, "out_bytes"))
+
+
+class ChainArgs(Structure):
+    """As in ``src/abi.h``."""
+
+    _fields_ = _fields(
+        (c_int64, "images stages x_bytes"),
+        (c_void_p, "x out"),
+        (POINTER(StageArgs), "stage"),
+        (c_int32, "threads"),
+    )
+
+
 class TrainingLayerArgs(Structure):
     """``TrainingLayer`` of ``src/abi.h``."""
 
@@ -145,6 +163,7 @@ class StatsArgs(Structure):
 
 
 _KERNELS: dict[str, type[Structure]] = {
+    "chain": ChainArgs,
     "dense_block": DenseBlockArgs,
     "transition": TransitionArgs,
     "stem_tail": PoolArgs,
@@ -156,6 +175,9 @@ _KERNELS: dict[str, type[Structure]] = {
     "stem_tail_backward": PointwiseGradArgs,
     "head_backward": PointwiseGradArgs,
 }
+
+
+_SAME_VALUES = PYFUNCTYPE(c_int32, c_void_p, c_int64, POINTER(c_void_p), POINTER(c_int64), POINTER(c_void_p))
 
 
 class Library:
@@ -192,6 +214,22 @@ class Library:
         args.threads = torch.get_num_threads()  # type: ignore[attr-defined]
         function = getattr(self._library, f"fastdense_{name}")
         self._check(function(self._kernels, ctypes.byref(args), self._parallel_for))
+
+    def watch(self, dicts: Sequence[dict[str, Any]]) -> Callable[[], bool]:
+        """Whether the dicts still have, in order, the very values that they have now; called under CPython's lock.
+
+        The caller keeps dicts and values alive. Nothing but the dicts is looked at.
+        """
+        values = [id(value) for each in dicts for value in dict.values(each)]
+        arguments = (
+            ctypes.cast(ctypes.pythonapi.PyDict_Next, c_void_p),
+            len(dicts),
+            (c_void_p * len(dicts))(*map(id, dicts)),
+            (c_int64 * len(dicts))(*map(len, dicts)),
+            (c_void_p * len(values))(*values),
+        )
+        same_values = _SAME_VALUES(("fastdense_same_values", self._library))
+        return lambda: same_values(*arguments) == 1
 
     def _threads(self) -> tuple[c_void_p, int]:
         return self._parallel_for, torch.get_num_threads()

@@ -9,12 +9,15 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
+from collections.abc import Sequence
+from ctypes import Structure
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .arguments import Norms, Weights, loaded
+from ..contract import empty_channels_last
+from .arguments import Norms, Weights, loaded, pixels, run_on
 from .library import DTYPES, Library
 
 
@@ -63,16 +66,46 @@ def _dense(weight: Tensor) -> Tensor:
 
 
 class Prepared:
-    """What a kernel at given statistics reads of a module: norms where they are, weights packed for ``dtype``."""
+    """What a kernel at given statistics reads of a module: norms where they are, weights packed for ``dtype``.
+
+    Attributes:
+        in_dtype, out_dtype: of x as the kernel reads it, and of what it makes.
+    """
+
+    kernel: str
+    in_dtype: torch.dtype
+    out_dtype: torch.dtype
+    args: Structure
 
     def __init__(self, norms: Norms, weights: list[Tensor], dtype: torch.dtype):
-        self._library, self._norms, self._weights, self._dtype = loaded(), norms, weights, dtype
-        self._places, self._packed = norms.places(), packed(self._library, weights, dtype)
+        self.library, self.norms, self.weights, self.dtype = loaded(), norms, weights, dtype
+        self.places, self.packed = norms.places(), packed(self.library, weights, dtype)
 
     def is_current(self) -> bool:
         """Whether another one of the same tensors, with what they contain now and where they are, would be the same."""
-        if self._places is None or self._norms.places() != self._places:
+        return are_current([self])
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Of x of ``shape``."""
+        raise NotImplementedError
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """From any thread."""
+        out = empty_channels_last(self.output_shape(x.shape), self.out_dtype, x.device)
+        run_on(self.library, self.kernel, self.args, pixels(x, self.in_dtype), out)
+        return out
+
+
+def are_current(prepared: Sequence[Prepared]) -> bool:
+    """Whether all are."""
+    if any(each.places is None or each.norms.places() != each.places for each in prepared):
+        return False
+    for dtype in {each.dtype for each in prepared}:
+        of_dtype = [each for each in prepared if each.dtype == dtype]
+        weights = [weight for each in of_dtype for weight in each.weights]
+        if not all(weight.is_cpu for weight in weights):
             return False
-        if not all(weight.is_cpu for weight in self._weights):
+        kept = (memory for each in of_dtype for memory in each.packed)
+        if not all(map(operator.is_, packed(of_dtype[0].library, weights, dtype), kept)):
             return False
-        return all(map(operator.is_, packed(self._library, self._weights, self._dtype), self._packed))
+    return True

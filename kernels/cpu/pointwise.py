@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,41 +37,41 @@ def channel_stats(x: Tensor) -> ChannelStats:
 class PreparedTransition(Prepared):
     """A transition at given statistics, ready to be called with x of ``x_dtype``."""
 
+    kernel = "transition"
+
     def __init__(self, norm: Norm, weight: Tensor, x_dtype: torch.dtype, dtype: torch.dtype):
         super().__init__(Norms.of([norm]), [weight], dtype)
-        self._x_dtype = x_dtype
-        self._args = TransitionArgs(
+        self.in_dtype, self.out_dtype = x_dtype, dtype
+        self.args = TransitionArgs(
             channels=weight.shape[1],
             out_channels=weight.shape[0],
-            norm=self._norms.array[0],
-            conv=self._packed[0].data_ptr(),
+            norm=self.norms.array[0],
+            conv=self.packed[0].data_ptr(),
             store=DTYPES[x_dtype],
             compute=DTYPES[dtype],
-            norm_dtype=self._norms.dtype,
+            norm_dtype=self.norms.dtype,
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[N, C, *spatial] -> [N, C', *(size // 2)]; from any thread."""
-        shape = (len(x), self._args.out_channels, *(size // 2 for size in x.shape[2:]))
-        out = empty_channels_last(shape, self._dtype, x.device)
-        run_on(self._library, "transition", self._args, pixels(x, self._x_dtype), out)
-        return out
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """[N, C, *spatial] -> [N, C', *(size // 2)]."""
+        return (shape[0], self.args.out_channels, *(size // 2 for size in shape[2:]))
 
 
-class PreparedStemTail:
+class PreparedStemTail(Prepared):
     """A stem's tail at given statistics, ready to be called with x of ``x_dtype``."""
 
+    kernel = "stem_tail"
+
     def __init__(self, norm: Norm, x_dtype: torch.dtype):
-        self._library, self._norms = loaded(), Norms.of([norm])
-        self._args = PoolArgs(
-            channels=len(norm.weight), norm=self._norms.array[0], store=DTYPES[x_dtype], norm_dtype=self._norms.dtype
+        super().__init__(Norms.of([norm]), [], x_dtype)
+        self.in_dtype = self.out_dtype = x_dtype
+        self.args = PoolArgs(
+            channels=len(norm.weight), norm=self.norms.array[0], store=DTYPES[x_dtype], norm_dtype=self.norms.dtype
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[N, C, *spatial] -> [N, C, *ceil(size / 2)]; from any thread."""
-        out = empty_channels_last((*x.shape[:2], *((size + 1) // 2 for size in x.shape[2:])), x.dtype, x.device)
-        run_on(self._library, "stem_tail", self._args, pixels(x, x.dtype), out)
-        return out
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """[N, C, *spatial] -> [N, C, *ceil(size / 2)]."""
+        return (*shape[:2], *((size + 1) // 2 for size in shape[2:]))
 
 
 def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Tensor:

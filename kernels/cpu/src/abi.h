@@ -69,6 +69,23 @@ struct PoolArgs {
   int32_t store, norm_dtype, threads;
 };
 
+// Stages at inference, each of what the one before made. They begin with the images, depth, height and width of x.
+struct Stage {
+  int32_t kind;
+  const void* args;   // the kind's, but for images, x, out and threads
+  int64_t out_bytes;  // of an image
+};
+enum StageKind : int32_t { kStemTail = 0, kDenseBlock = 1, kTransition = 2 };
+
+struct ChainArgs {
+  int64_t images, stages;
+  int64_t x_bytes;  // of an image
+  const void* x;
+  void* out;        // of the last stage
+  const Stage* stage;
+  int32_t threads;
+};
+
 // One layer of a block in training. Norms and gradients are float32.
 struct TrainingLayer {
   Norm norm1, norm2;               // with the batch's mean and var, which the forward makes, or the running ones

@@ -1,8 +1,11 @@
-// What Python calls: which instruction sets this CPU has, and their kernels; fingerprints of weights.
+// What Python calls: which instruction sets this CPU has, and their kernels; whether weights and modules are what they
+// were.
+#include <algorithm>
 #include <cstdint>
 #include <numeric>
 
 #include "abi.h"
+#include "memory.h"
 #include "team.h"
 
 #if defined(__x86_64__)
@@ -71,6 +74,42 @@ int32_t guarded(const F& f) {
   }
 }
 
+template <class Args>
+void run_stage(void (*kernel)(const Args&, ParallelFor), const Stage& stage, int64_t images, const void* x, void* out,
+               int32_t threads, ParallelFor parallel_for) {
+  Args args = *static_cast<const Args*>(stage.args);
+  args.images = images;
+  args.x = x;
+  args.out = out;
+  args.threads = threads;
+  kernel(args, parallel_for);
+}
+
+// Some images at a time go through all stages. What a stage makes for the next alone stays in memory of this thread,
+// in the caches' reach: fresh pages would take longer than some of the stages.
+void run_chain(const Kernels& kernels, const ChainArgs& p, ParallelFor parallel_for) {
+  constexpr int64_t kRoom = 16 << 20;  // bytes that the images between stages should take
+  static thread_local Buffer rooms[2];
+  int64_t sizes[2] = {0, 0};  // of an image
+  for (int64_t i = 0; i + 1 < p.stages; ++i) sizes[i % 2] = std::max(sizes[i % 2], p.stage[i].out_bytes);
+  const int64_t threads = std::max<int64_t>(1, p.threads), image = std::max<int64_t>(1, sizes[0] + sizes[1]);
+  const int64_t group = std::min(p.images, std::max<int64_t>(1, kRoom / image / threads) * threads);
+  char* const room[2] = {rooms[0].get<char>(group * sizes[0]), rooms[1].get<char>(group * sizes[1])};
+  for (int64_t first = 0; first < p.images; first += group) {
+    const int64_t images = std::min(group, p.images - first);
+    const void* x = static_cast<const char*>(p.x) + first * p.x_bytes;
+    for (int64_t i = 0; i < p.stages; ++i) {
+      const Stage& stage = p.stage[i];
+      void* const out = i + 1 < p.stages ? room[i % 2] : static_cast<char*>(p.out) + first * stage.out_bytes;
+      const auto run = [&](auto* kernel) { run_stage(kernel, stage, images, x, out, p.threads, parallel_for); };
+      if (stage.kind == kStemTail) run(kernels.stem_tail);
+      else if (stage.kind == kDenseBlock) run(kernels.dense_block);
+      else run(kernels.transition);
+      x = out;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace fastdense
 
@@ -99,6 +138,25 @@ FASTDENSE_EXPORT int32_t fastdense_fingerprints(const Kernels* kernels, int64_t 
   });
 }
 
+// CPython's PyDict_Next: a dict's next key and value, from `position` on; 0 behind the last.
+using NextInDict = int (*)(void* dict, intptr_t* position, void** key, void** value);
+
+// Whether each dict still has its size and, in order, the very same values. Python's lock must be held; no object but
+// the dicts is looked at.
+FASTDENSE_EXPORT int32_t fastdense_same_values(NextInDict next, int64_t count, void* const* dicts, const int64_t* sizes,
+                                               const void* const* values) {
+  constexpr int64_t kAhead = 12;  // dicts, which lie anywhere
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) __builtin_prefetch(static_cast<const char*>(dicts[i + kAhead]) + kCacheLine / 2);
+    const void* const* const end = values + sizes[i];
+    void *key, *value;
+    for (intptr_t position = 0; next(dicts[i], &position, &key, &value) != 0; ++values)
+      if (values == end || *values != value) return 0;
+    if (values != end) return 0;
+  }
+  return 1;
+}
+
 FASTDENSE_EXPORT int64_t fastdense_packed_bytes(const Kernels* kernels, const Weight* weight, int32_t compute) {
   return kernels->packed_bytes(*weight, compute);
 }
@@ -116,6 +174,10 @@ FASTDENSE_EXPORT int32_t fastdense_pack(const Kernels* kernels, int64_t count, c
   FASTDENSE_EXPORT int32_t fastdense_##name(const Kernels* kernels, const Args* args, ParallelFor parallel_for) { \
     return guarded([&] { kernels->name(*args, parallel_for); });                                  \
   }
+
+FASTDENSE_EXPORT int32_t fastdense_chain(const Kernels* kernels, const ChainArgs* args, ParallelFor parallel_for) {
+  return guarded([&] { run_chain(*kernels, *args, parallel_for); });
+}
 
 FASTDENSE_EXPORT_KERNEL(dense_block, DenseBlockArgs)
 FASTDENSE_EXPORT_KERNEL(transition, TransitionArgs)

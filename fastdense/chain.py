@@ -1,0 +1,123 @@
+"""Stages of a network in evaluation, one after another: looked at all together, then run with nothing in between.
+
+A kernel leaves the caches full of what it computed with. Python that looks at a stage after it takes several times as
+long as Python that looks at all of them before the first, and for one image that is a good part of the time. So the way
+that one forward went through the stages is gone again by the next, as long as nothing that it depended on has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.pooling import _MaxPoolNd
+
+from . import backends, ops
+from .backends import Prepared
+from .frozen import Frozen
+from .modules import Fused, autocast_dtype, is_transformed, prepared_stem_tail
+from .ready import Kept, Ready
+from .served import BatchNorm, carries_relu, global_hooks, hooked
+
+
+class Step(NamedTuple):
+    """What is run at once of a sequence of modules: a stem's tail, or a single one."""
+
+    name: str  # of the last
+    modules: tuple[nn.Module, ...]
+
+    def is_fused(self) -> bool:
+        """Whether it may be an op."""
+        return len(self.modules) > 1 or isinstance(self.modules[0], Fused | Frozen)
+
+    def prepared(self, x: Tensor) -> Prepared | None:
+        """What makes its output of x, and of tensors like it; ``None`` where a backend has nothing ready."""
+        if len(self.modules) > 1:
+            return prepared_stem_tail(self.modules, x)
+        (stage,) = self.modules
+        return stage.prepared(x) if isinstance(stage, Fused | Frozen) and not hooked(stage) else None
+
+
+def steps(features: nn.Module) -> list[Step]:
+    """The stages of a sequence, the modules of a stem's tail together."""
+    stages, found = list(features.named_children()), []
+    while stages:
+        size = stem_tail_size(stages) or 1
+        names, modules = zip(*stages[:size], strict=True)
+        found.append(Step(names[-1], modules))
+        del stages[:size]
+    return found
+
+
+def stem_tail_size(stages: Sequence[tuple[str, nn.Module]]) -> int:
+    """How many from the first are the tail of a stem: a norm, a ReLU unless the norm carries it, a max pool. Or 0."""
+    kinds = [type(module) for _, module in stages[:3]]
+    if not kinds or not issubclass(kinds[0], BatchNorm):
+        return 0
+    pools = [issubclass(kind, _MaxPoolNd) for kind in kinds]
+    if kinds[1:2] == [nn.ReLU] and pools[2:] == [True]:
+        return 3
+    return 2 if carries_relu(stages[0][1]) and pools[1:2] == [True] else 0
+
+
+class Chain(Kept):
+    """The ways that forwards went through the stages of a sequence, by what that depends on besides the stages."""
+
+    def __init__(self, features: nn.Module):
+        fused = [step for step in steps(features) if step.is_fused()]
+        self._unread = [step.modules[0] for step in fused if _is_read_anew(step.modules[0])]
+        self._steps = [step for step in fused if step.modules[0] not in self._unread]
+        super().__init__(features, [module for step in self._steps for module in step.modules])
+        self._ways: dict[tuple[object, ...], tuple[Prepared, int]] = {}
+
+    def holds(self, module: nn.Module) -> bool:
+        return super().holds(module) and not any("_ready" in stage.__dict__ for stage in self._unread)
+
+    def run(self, remaining: Sequence[Step], x: Tensor) -> tuple[Tensor, int]:
+        """x through the first of the remaining steps, as far as they are ready, and how many these are."""
+        backend = _backend(x)
+        key = remaining[0].name, x.device, x.dtype, x.dim(), x.shape[1], autocast_dtype(x), backend
+        if key in self._ways:
+            way, length = self._ways[key]
+            if min(way.output_shape(x.shape)) > 0 and way.is_current():
+                return way(x), length
+        calls: list[Prepared] = []
+        changeable: list[Prepared] = []
+        for step in remaining:
+            call = step.prepared(x) if step in self._steps else None
+            if call is None:
+                break
+            calls.append(call)
+            if not isinstance(step.modules[0], Frozen):
+                changeable.append(call)
+            x = call(x)
+        prepare = backends.preparation(backend, backends.CHAIN)
+        if calls and prepare is not None:
+            self._ways[key] = prepare(calls, changeable), len(calls)
+        return x, len(calls)
+
+
+def _is_read_anew(stage: nn.Module) -> bool:
+    """Whether it is a block or transition that is read in every forward. What it is read as else, it keeps."""
+    return isinstance(stage, Fused) and not Ready.of(stage).may_be_kept()
+
+
+def _backend(x: Tensor) -> str:
+    return backends.select(x.device, x.dtype, x.dim() - 2)
+
+
+def may_run(x: Tensor) -> bool:
+    """Whether a backend has chains, and nothing could tell one from its modules: no tracer, transform or gradient."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and x.dim() in (3, 4, 5)
+        and x.numel() > 0
+        and not global_hooks()
+        and not ops.are_observed()
+        and not is_transformed()
+        and backends.preparation(_backend(x), backends.CHAIN) is not None
+    )

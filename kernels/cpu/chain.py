@@ -1,0 +1,88 @@
+"""Stages of a network at inference, one after another in one call."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..contract import empty_channels_last
+from .arguments import pixels, spatial
+from .library import ChainArgs, StageArgs
+from .packing import Prepared, are_current
+
+_KINDS = {"stem_tail": 0, "dense_block": 1, "transition": 2}
+"""Of kernels, as in ``src/abi.h``."""
+
+
+class _Bound(NamedTuple):
+    """All stages' arguments for images of one shape."""
+
+    shape: tuple[int, ...]  # [C, *spatial]
+    out_shape: tuple[int, ...]  # of the last
+    stages: ctypes.Array[StageArgs]
+    args: list[Any]  # that the stages point to
+
+
+class PreparedChain:
+    """Stages, ready to be called with what the first takes: each runs on what the one before makes.
+
+    Args:
+        stages: at least one.
+        changeable: those of them whose weights may change.
+    """
+
+    def __init__(self, stages: Sequence[Prepared], changeable: Sequence[Prepared]):
+        self._stages, self._changeable = list(stages), list(changeable)
+        self._fit = all(one.out_dtype == other.in_dtype for one, other in pairwise(stages))
+        self._bound: _Bound | None = None  # of the last call
+
+    def is_current(self) -> bool:
+        """Whether all that may change are."""
+        return are_current(self._changeable)
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Of x of ``shape``."""
+        for stage in self._stages:
+            shape = stage.output_shape(shape)
+        return tuple(shape)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """From any thread."""
+        if not self._fit:
+            for stage in self._stages:
+                x = stage(x)
+            return x
+        bound = self._bound
+        if bound is None or bound.shape != x.shape[1:]:
+            bound = self._bound = self._bind(tuple(x.shape[1:]))
+        first, last = self._stages[0], self._stages[-1]
+        source = pixels(x, first.in_dtype)
+        out = empty_channels_last((len(x), *bound.out_shape), last.out_dtype, x.device)
+        args = ChainArgs(
+            images=len(x),
+            stages=len(bound.stages),
+            x_bytes=source[0].nbytes,
+            x=source.data_ptr(),
+            out=out.data_ptr(),
+            stage=bound.stages,
+        )
+        first.library.run("chain", args)
+        return out
+
+    def _bind(self, shape: tuple[int, ...]) -> _Bound:
+        stages = (StageArgs * len(self._stages))()
+        bound = _Bound(shape, self.output_shape((1, *shape))[1:], stages, [])
+        for target, stage in zip(stages, self._stages, strict=True):
+            args = type(stage.args).from_buffer_copy(stage.args)
+            for field, size in spatial(shape[1:]).items():
+                setattr(args, field, size)
+            bound.args.append(args)
+            shape = stage.output_shape((1, *shape))[1:]
+            target.kind, target.args = _KINDS[stage.kernel], ctypes.addressof(args)
+            target.out_bytes = math.prod(shape) * stage.out_dtype.itemsize
+        return bound
