@@ -108,7 +108,13 @@ def kernels(name: str) -> ModuleType:
 
 
 class Prepared(Protocol):
-    """An op whose other arguments a backend has ready, or several ops, each of what the one before makes."""
+    """An op whose other arguments a backend has ready, or several ops, each of what the one before makes.
+
+    Attributes:
+        out_dtype: of the output.
+    """
+
+    out_dtype: torch.dtype
 
     def is_current(self) -> bool:
         """Whether another one of the same arguments, as they are now, would compute the same."""

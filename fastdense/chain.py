@@ -1,8 +1,8 @@
 """Stages of a network in evaluation, one after another: looked at all together, then run with nothing in between.
 
 A kernel leaves the caches full of what it computed with. Python that looks at a stage after it takes several times as
-long as Python that looks at all of them before the first, and for one image that is a good part of the time. So the way
-that one forward went through the stages is gone again by the next, as long as nothing that it depended on has changed.
+long as Python that looks at all of them before the first, and for one image that is a good part of the time. The way
+through the stages that was found once is gone again, as long as nothing that it depended on has changed.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def stem_tail_size(stages: Sequence[tuple[str, nn.Module]]) -> int:
 
 
 class Chain(Kept):
-    """The ways that forwards went through the stages of a sequence, by what that depends on besides the stages."""
+    """The ways through the stages of a sequence, by what they depend on besides the stages."""
 
     def __init__(self, features: nn.Module):
         fused = [step for step in steps(features) if step.is_fused()]
         self._unread = [step.modules[0] for step in fused if _is_read_anew(step.modules[0])]
         self._steps = [step for step in fused if step.modules[0] not in self._unread]
         super().__init__(features, [module for step in self._steps for module in step.modules])
-        self._ways: dict[tuple[object, ...], tuple[Prepared, int]] = {}
+        self._ways: dict[tuple[object, ...], tuple[Prepared | None, int]] = {}
 
     def holds(self, module: nn.Module) -> bool:
         return super().holds(module) and not any("_ready" in stage.__dict__ for stage in self._unread)
@@ -79,24 +79,30 @@ class Chain(Kept):
         """x through the first of the remaining steps, as far as they are ready, and how many these are."""
         backend = _backend(x)
         key = remaining[0].name, x.device, x.dtype, x.dim(), x.shape[1], autocast_dtype(x), backend
-        if key in self._ways:
-            way, length = self._ways[key]
-            if min(way.output_shape(x.shape)) > 0 and way.is_current():
-                return way(x), length
+        way, length = self._ways.get(key, (None, 0))
+        if way is None or not way.is_current():
+            way, length = self._ways[key] = self._way(remaining, x, backend)
+        if way is None or min(way.output_shape(x.shape)) == 0:
+            return x, 0
+        return way(x), length
+
+    def _way(self, remaining: Sequence[Step], x: Tensor, backend: str) -> tuple[Prepared | None, int]:
+        """Of tensors like x, whatever their size, through the first of the remaining steps, and how many these are."""
         calls: list[Prepared] = []
         changeable: list[Prepared] = []
+        shape: Sequence[int] = (1, x.shape[1], *[2 ** len(remaining)] * (x.dim() - 2))  # too small for none
+        dtype = x.dtype
         for step in remaining:
-            call = step.prepared(x) if step in self._steps else None
+            like_x = x.new_empty(1, dtype=dtype).expand(shape)  # without memory for its values
+            call = step.prepared(like_x) if step in self._steps else None
             if call is None:
                 break
             calls.append(call)
             if not isinstance(step.modules[0], Frozen):
                 changeable.append(call)
-            x = call(x)
+            shape, dtype = call.output_shape(shape), call.out_dtype
         prepare = backends.preparation(backend, backends.CHAIN)
-        if calls and prepare is not None:
-            self._ways[key] = prepare(calls, changeable), len(calls)
-        return x, len(calls)
+        return (prepare(calls, changeable) if calls and prepare is not None else None), len(calls)
 
 
 def _is_read_anew(stage: nn.Module) -> bool:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import backends
 from .kernels.contract import DenseLayers
+from .kernels.cpu.chain import Room
 from .kernels.portable.batch_norm import gemm_dtype
 from .kernels.portable.chunks import OF_A_BLOCK, OF_A_PASS, chunks
 from .modules import FusedBlock, FusedTransition
@@ -99,6 +100,8 @@ class _Ledger(TorchDispatchMode):
         self._references: dict[int, weakref.ref[Any]] = {}
         self._bytes = 0
         self._kept: set[int] = set()
+        self._chain: list[Tensor] = []  # what the first of the last ops that are one call took, and what each made
+        self._in_room: set[int] = set()  # of these, those that are no tensors then
         self._part, self._unread = "stem", list[int]()
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -115,11 +118,29 @@ class _Ledger(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._add(leaf, "bottlenecks" if id(leaf) in bottlenecks else _KINDS.get(name, "other"))
-        scratch = 0
+        scratch, _alive = 0, self._chain  # which lives until the peak is known
         if op.namespace == "fastdense":
             scratch = _scratch(self._backend or kwargs["backend"], name.partition("::")[2], args, kwargs)
-        self.peak = max(self.peak, self._bytes + scratch)
+            if (self._backend or kwargs["backend"]) == "cpu" and not torch.is_grad_enabled():
+                scratch += self._room(name, args[0], result)
+        if not self._chain:  # of which nothing is a tensor but its input and output
+            self.peak = max(self.peak, self._bytes + scratch)
         return result
+
+    def _room(self, name: str, x: Tensor, out: Any) -> int:
+        """Bytes that ops of one call have made for one another, once it ends; what the first took lives as long."""
+        if name in _OF_A_CHAIN:
+            if not self._chain or _key(self._chain[-1]) != _key(x):
+                self._chain = [x]
+            elif len(self._chain) > 1:  # no tensor, as it was counted
+                self._in_room.add(_key(x))
+                self._bytes -= x.untyped_storage().nbytes()
+            self._chain.append(out)
+            return 0
+        room = Room.between([bytes_of(made) // len(made) for made in self._chain[1:]])
+        group = room.group(len(self._chain[0])) if self._chain else 0
+        self._chain = []
+        return sum(room) * group
 
     def save(self, tensor: Tensor) -> Tensor:
         """The hook of autograd's saved tensors: every storage counts once, whole."""
@@ -137,7 +158,8 @@ class _Ledger(TorchDispatchMode):
 
         def gone(_: Any) -> None:
             del self._labels[key], self._references[key]
-            self._bytes -= size
+            self._bytes -= 0 if key in self._in_room else size
+            self._in_room.discard(key)
 
         self._references[key] = weakref.ref(storage, gone)
         self._labels[key] = _label(self._part, kind)
@@ -158,6 +180,10 @@ _KINDS = {
     "fastdense::dense_block": "X",
 }
 """What an op of a dense block makes."""
+
+
+_OF_A_CHAIN = ("fastdense::stem_tail", "fastdense::dense_block_inference", "fastdense::transition")
+"""Ops that, one after another, are one call of the C++ kernels."""
 
 
 def _key(tensor: Tensor) -> int:

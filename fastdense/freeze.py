@@ -1,7 +1,7 @@
 """Networks for inference alone: every stage read, checked and packed once, as its weights are now.
 
 A module that may be trained, hooked or written to has to look at all of its children and at every byte of its weights
-in each forward; of one image, that is a fifth of the time. What is frozen has neither children nor parameters:
+in each forward; of one image, that is a tenth of the time. What is frozen has neither children nor parameters:
 nothing is left that could change behind its back.
 """
 

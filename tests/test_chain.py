@@ -127,10 +127,11 @@ def test_autocast_of_the_same_features(net: Any, x: Tensor) -> None:
     assert not torch.equal(made[0].bfloat16(), made[1].bfloat16())
 
 
-def test_more_images_than_fit_at_once(twins: Any, randn: Any) -> None:
-    """Their features take more than the room between stages: they go in groups, the last of them smaller."""
+@pytest.mark.parametrize("shape", [(9, 3, 128, 96), (1, 3, 720, 608)])
+def test_more_than_fits_between_stages(twins: Any, randn: Any, shape: tuple[int, ...]) -> None:
+    """More images than go together, the last of them fewer; an image that takes more than is kept."""
     net, _ = twins("net", growth_rate=12, block_config=(2, 1, 1), num_init_features=24, bn_size=1, small_inputs=True)
-    x = randn(9, 3, 128, 96)
+    x = randn(*shape)
     with fastdense.use_backend("cpu"):
         assert torch.equal(warm(net.eval(), x), afresh(net, x))
 

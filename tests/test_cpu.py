@@ -553,8 +553,11 @@ for isa, found in library.offered(Path(sys.argv[1])).items():
             blocks = [fastdense.FastDenseBlock(2, c, bn_size, growth, 0.1, **dims) for growth, bn_size in layers]
             tails = fastdense.FastDenseNet(block_config=(), num_init_features=c, num_classes=1, **dims)
             tails.features.conv0 = torch.nn.Identity()
-            transitions = [fastdense.FastTransition(c, c // 2, **dims)] if min(shape[2:]) > 1 else []
-            for module in (*blocks, tails, *transitions):
+            others = [fastdense.FastTransition(c, c // 2, **dims)] if min(shape[2:]) > 1 else []
+            if min(shape[2:]) > 4:
+                others += [fastdense.FastDenseNet(4, (1, 2), c, 2, num_classes=1, **dims)]
+                others[-1].features.conv0 = torch.nn.Identity()
+            for module in (*blocks, tails, *others):
                 x = torch.randn(shape).to(dtype)
                 with fastdense.use_backend("cpu"), torch.autocast("cpu", autocast, enabled=autocast is not None):
                     y = module.to(dtype).train()(x.requires_grad_())

@@ -546,58 +546,6 @@ def test_tuning_tries_what_fits_and_reads_its_own_keys(twins, randn, monkeypatch
     assert tune._key(launch) == tuning.key(launch.arguments["M"], n, k, torch.float16) == "n128-k64-many-16bit"
 
 
-def test_gpu_check_goes_on_where_it_stopped(tmp_path):
-    from rich.console import Console
-
-    from fastdense.benchmarks import plots, results
-    from fastdense.benchmarks.gpu_check import Check, kernel_rows, network_rows, run, tables
-
-    calls = []
-
-    def answer(name, value):
-        def give():
-            calls.append(name)
-            if isinstance(value, Exception):
-                raise value
-            return value
-
-        return Check(name, give)
-
-    kernels = [{"kernel": "_a_kernel", "seconds": 2e-6, "bytes": 3e6, "macs": 0}]
-    todo = [answer("ceilings", {"bytes_per_s": 3e12, "flops": 8e14}), answer("kernels/inference/1", kernels)]
-    todo += [answer("networks/inference/1/eager", {"images_per_s": 10.0})]
-    todo += [answer("networks/inference/1/fast", {"images_per_s": 40.0})]
-    path, console = tmp_path / "gpu" / "gpu-check.json", Console(quiet=True)
-    assert run(todo, path, {"commit": "a"}, -1, False, console) == 2
-    assert run(todo[:1], path, {"commit": "a"}, 1, False, console) == 0
-    assert run(todo, path, {"commit": "a"}, 1, False, console) == 0
-    assert calls == [check.name for check in todo]
-    answers = json.loads(path.read_text())["checks"]
-    assert [list(table.columns[-1].cells) for table in tables(answers)] == [["2.00"], ["1.00x", "4.00x"]]
-    picture = tmp_path / "gpu.png"
-    plots.draw_gpu_check(kernel_rows(answers), network_rows(answers), results.environment("cpu"), picture)
-    assert picture.stat().st_size > 10_000
-    assert run([*todo, answer("parity/x", RuntimeError("no"))], path, {"commit": "b"}, 1, False, console) == 1
-    assert len(calls) == 9
-
-
-def test_gpu_check_runs_its_tests_by_its_own_python(monkeypatch):
-    from fastdense.benchmarks.gpu_check import checks
-
-    commands = []
-
-    def run(command, cwd, **_):
-        assert not (cwd / "kernels").exists(), "it would be imported a second time"
-        commands.append(command)
-        return subprocess.CompletedProcess(command, 0, "5 passed", "")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    tests = [check for check in checks() if check.name.startswith("parity/") and check.name != "parity/verify"]
-    assert all(check.answer()["passed"] for check in tests), "a file is missing"
-    assert len(commands) == len(tests)
-    assert all(command[:3] == [sys.executable, "-m", "pytest"] for command in commands)
-
-
 # -- what the compiler makes of them --------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..contract import empty_channels_last
@@ -19,11 +20,33 @@ _KINDS = {"stem_tail": 0, "dense_block": 1, "transition": 2}
 """Of kernels, as in ``src/abi.h``."""
 
 
+ROOM = 16 << 20
+"""Bytes that what the stages make for one another should take, so that it stays in a cache."""
+
+
+class Room(NamedTuple):
+    """Bytes of an image between two stages: of those after the first, third, ... stage, and after the others."""
+
+    even: int
+    odd: int
+
+    @staticmethod
+    def between(out_bytes: Sequence[int]) -> Room:
+        """``out_bytes``: what each stage makes of an image."""
+        return Room(max(out_bytes[:-1:2], default=0), max(out_bytes[1:-1:2], default=0))
+
+    def group(self, images: int) -> int:
+        """How many images go through all stages together: as many a thread, at least one."""
+        threads = torch.get_num_threads()
+        return min(images, max(1, ROOM // max(1, sum(self)) // threads) * threads)
+
+
 class _Bound(NamedTuple):
     """All stages' arguments for images of one shape."""
 
     shape: tuple[int, ...]  # [C, *spatial]
     out_shape: tuple[int, ...]  # of the last
+    room: Room
     stages: ctypes.Array[StageArgs]
     args: list[Any]  # that the stages point to
 
@@ -38,6 +61,7 @@ class PreparedChain:
 
     def __init__(self, stages: Sequence[Prepared], changeable: Sequence[Prepared]):
         self._stages, self._changeable = list(stages), list(changeable)
+        self.out_dtype = stages[-1].out_dtype
         self._fit = all(one.out_dtype == other.in_dtype for one, other in pairwise(stages))
         self._bound: _Bound | None = None  # of the last call
 
@@ -60,11 +84,14 @@ class PreparedChain:
         bound = self._bound
         if bound is None or bound.shape != x.shape[1:]:
             bound = self._bound = self._bind(tuple(x.shape[1:]))
-        first, last = self._stages[0], self._stages[-1]
+        first = self._stages[0]
         source = pixels(x, first.in_dtype)
-        out = empty_channels_last((len(x), *bound.out_shape), last.out_dtype, x.device)
+        out = empty_channels_last((len(x), *bound.out_shape), self.out_dtype, x.device)
         args = ChainArgs(
             images=len(x),
+            group=bound.room.group(len(x)),
+            even=bound.room.even,
+            odd=bound.room.odd,
             stages=len(bound.stages),
             x_bytes=source[0].nbytes,
             x=source.data_ptr(),
@@ -75,14 +102,13 @@ class PreparedChain:
         return out
 
     def _bind(self, shape: tuple[int, ...]) -> _Bound:
-        stages = (StageArgs * len(self._stages))()
-        bound = _Bound(shape, self.output_shape((1, *shape))[1:], stages, [])
+        stages, kept, out_shape = (StageArgs * len(self._stages))(), [], shape
         for target, stage in zip(stages, self._stages, strict=True):
             args = type(stage.args).from_buffer_copy(stage.args)
-            for field, size in spatial(shape[1:]).items():
+            for field, size in spatial(out_shape[1:]).items():
                 setattr(args, field, size)
-            bound.args.append(args)
-            shape = stage.output_shape((1, *shape))[1:]
+            kept.append(args)
+            out_shape = stage.output_shape((1, *out_shape))[1:]
             target.kind, target.args = _KINDS[stage.kernel], ctypes.addressof(args)
-            target.out_bytes = math.prod(shape) * stage.out_dtype.itemsize
-        return bound
+            target.out_bytes = math.prod(out_shape) * stage.out_dtype.itemsize
+        return _Bound(shape, out_shape, Room.between([stage.out_bytes for stage in stages]), stages, kept)

@@ -108,7 +108,7 @@ class ChainArgs(Structure):
     """As in ``src/abi.h``."""
 
     _fields_ = _fields(
-        (c_int64, "images stages x_bytes"),
+        (c_int64, "images group even odd stages x_bytes"),
         (c_void_p, "x out"),
         (POINTER(StageArgs), "stage"),
         (c_int32, "threads"),

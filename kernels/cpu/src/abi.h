@@ -78,8 +78,9 @@ struct Stage {
 enum StageKind : int32_t { kStemTail = 0, kDenseBlock = 1, kTransition = 2 };
 
 struct ChainArgs {
-  int64_t images, stages;
-  int64_t x_bytes;  // of an image
+  int64_t images, group;    // that go through all stages together
+  int64_t even, odd;        // bytes of an image between two stages, of those after the first, third, ... and the others
+  int64_t stages, x_bytes;  // x_bytes: of an image
   const void* x;
   void* out;        // of the last stage
   const Stage* stage;

@@ -85,18 +85,16 @@ void run_stage(void (*kernel)(const Args&, ParallelFor), const Stage& stage, int
   kernel(args, parallel_for);
 }
 
-// Some images at a time go through all stages. What a stage makes for the next alone stays in memory of this thread,
-// in the caches' reach: fresh pages would take longer than some of the stages.
+// A group of images at a time goes through all stages. What a stage makes for the next alone stays in memory that this
+// thread keeps, unless it is much: fresh pages would take longer than some of the stages.
 void run_chain(const Kernels& kernels, const ChainArgs& p, ParallelFor parallel_for) {
-  constexpr int64_t kRoom = 16 << 20;  // bytes that the images between stages should take
-  static thread_local Buffer rooms[2];
-  int64_t sizes[2] = {0, 0};  // of an image
-  for (int64_t i = 0; i + 1 < p.stages; ++i) sizes[i % 2] = std::max(sizes[i % 2], p.stage[i].out_bytes);
-  const int64_t threads = std::max<int64_t>(1, p.threads), image = std::max<int64_t>(1, sizes[0] + sizes[1]);
-  const int64_t group = std::min(p.images, std::max<int64_t>(1, kRoom / image / threads) * threads);
-  char* const room[2] = {rooms[0].get<char>(group * sizes[0]), rooms[1].get<char>(group * sizes[1])};
-  for (int64_t first = 0; first < p.images; first += group) {
-    const int64_t images = std::min(group, p.images - first);
+  constexpr int64_t kKept = 64 << 20;
+  static thread_local Buffer kept[2];
+  Buffer own[2];
+  Buffer* const rooms = p.group * (p.even + p.odd) <= kKept ? kept : own;
+  char* const room[2] = {rooms[0].get<char>(p.group * p.even), rooms[1].get<char>(p.group * p.odd)};
+  for (int64_t first = 0; first < p.images; first += p.group) {
+    const int64_t images = std::min(p.group, p.images - first);
     const void* x = static_cast<const char*>(p.x) + first * p.x_bytes;
     for (int64_t i = 0; i < p.stages; ++i) {
       const Stage& stage = p.stage[i];
