@@ -33,6 +33,7 @@ def through(
     """
     if features.training and not torch.compiler.is_compiling():
         Chain.forget(features)
+    may_chain = visit is None and not features.training
     remaining = steps(features)
     stats: BatchStats | None = None  # of x, where known
     chain: Chain | None = None
@@ -41,7 +42,7 @@ def through(
         (name, modules), stage = remaining[0], remaining[0].modules[0]
         if isinstance(stage, BatchNorm) and len(remaining) == len(modules) == 1:
             return x, stats, stage
-        if visit is None and remaining[0].is_fused() and may_run(x):
+        if may_chain and remaining[0].is_fused() and may_run(x):
             chain = chain or Chain.of(features)
             x, done = chain.run(remaining, x)
             if done:

@@ -308,6 +308,15 @@ def test_gradients_flow(net: Any, x: Tensor) -> None:
     assert checkpoint(net, x, use_reentrant=False).requires_grad
 
 
+def test_training_without_autograd_has_no_chain(net: Any, x: Tensor, runs: list[int]) -> None:
+    warm(net, x)
+    runs.clear()
+    with torch.no_grad():
+        net.train()(x)
+    assert runs == []
+    assert "_ready" not in vars(net.features)
+
+
 def test_whoever_watches_sees_the_ops(net: Any, x: Tensor, op_calls: Any) -> None:
     expected = warm(net, x)
     names = ["stem_tail", "dense_block_inference", "transition", "dense_block_inference", "head"]

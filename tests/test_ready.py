@@ -18,7 +18,8 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdense
-from fastdense import FastDenseBlock, FastTransition, backends
+from fastdense import FastDenseBlock, FastTransition, backends, ready
+from fastdense.kernels.cpu import library as cpu_library
 from fastdense.modules import Fused
 from fastdense.ready import Ready, Snapshot
 
@@ -440,7 +441,12 @@ def test_from_several_threads(block: FastDenseBlock, x: Tensor) -> None:
     assert same == [True] * 80
 
 
-def test_a_snapshot_sees_each_attribute() -> None:
+@pytest.mark.parametrize("in_python", [True, False])
+def test_a_snapshot_sees_each_attribute(in_python: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if in_python:
+        monkeypatch.setattr(ready, "_HAS_LOCK", False)
+    elif isinstance(cpu_library.load(), str):
+        pytest.skip(cpu_library.load())
     module = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Sequential(nn.BatchNorm2d(1)))
     snapshot = Snapshot(module, module.children())
     assert snapshot.holds(module)
