@@ -25,8 +25,13 @@ from .served import BatchNorm, carries_relu, global_hooks, hooked
 class Step(NamedTuple):
     """What is run at once of a sequence of modules: a stem's tail, or a single one."""
 
-    name: str  # of the last
+    names: tuple[str, ...]
     modules: tuple[nn.Module, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the last, which stands for all."""
+        return self.names[-1]
 
     def is_fused(self) -> bool:
         """Whether it may be an op."""
@@ -44,14 +49,13 @@ def steps(features: nn.Module) -> list[Step]:
     """The stages of a sequence, the modules of a stem's tail together."""
     stages, found = list(features.named_children()), []
     while stages:
-        size = stem_tail_size(stages) or 1
-        names, modules = zip(*stages[:size], strict=True)
-        found.append(Step(names[-1], modules))
+        size = _stem_tail_size(stages) or 1
+        found.append(Step(*zip(*stages[:size], strict=True)))
         del stages[:size]
     return found
 
 
-def stem_tail_size(stages: Sequence[tuple[str, nn.Module]]) -> int:
+def _stem_tail_size(stages: Sequence[tuple[str, nn.Module]]) -> int:
     """How many from the first are the tail of a stem: a norm, a ReLU unless the norm carries it, a max pool. Or 0."""
     kinds = [type(module) for _, module in stages[:3]]
     if not kinds or not issubclass(kinds[0], BatchNorm):

@@ -120,8 +120,9 @@ class _Ledger(TorchDispatchMode):
                 self._add(leaf, "bottlenecks" if id(leaf) in bottlenecks else _KINDS.get(name, "other"))
         scratch, _alive = 0, self._chain  # which lives until the peak is known
         if op.namespace == "fastdense":
-            scratch = _scratch(self._backend or kwargs["backend"], name.partition("::")[2], args, kwargs)
-            if (self._backend or kwargs["backend"]) == "cpu" and not torch.is_grad_enabled():
+            backend = self._backend or kwargs["backend"]
+            scratch = _scratch(backend, name.partition("::")[2], args, kwargs)
+            if backend == "cpu" and not torch.is_grad_enabled():
                 scratch += self._room(name, args[0], result)
         if not self._chain:  # of which nothing is a tensor but its input and output
             self.peak = max(self.peak, self._bytes + scratch)

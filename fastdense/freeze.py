@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .chain import stem_tail_size
+from .chain import steps
 from .convert import convert
 from .frozen import Frozen
 from .models import FastDenseNet
@@ -72,18 +72,16 @@ def _block(block: FusedBlock, dtype: torch.dtype | None) -> Frozen | None:
 
 def _freeze_others(features: nn.Sequential, dtype: torch.dtype | None) -> None:
     """The transitions and the stem's tail of a FastDenseNet, in place."""
-    stages = list(features.named_children())
-    for i, (name, stage) in enumerate(stages):
+    for names, modules in steps(features):
+        stage: Any = modules[0]
         if isinstance(stage, FusedTransition):
             arguments = None if hooked(stage) else stage.inference_arguments()
             if arguments is not None:
                 features.add_module(
-                    name, Frozen(stage.inference_op, arguments, arguments[1], arguments[1].dim(), dtype)
+                    names[0], Frozen(stage.inference_op, arguments, arguments[1], arguments[1].dim(), dtype)
                 )
-        size = stem_tail_size(stages[i:])
-        if size:
-            names, modules = zip(*stages[i : i + size], strict=True)
-            norm = None if any(map(unusual, modules)) else running_norm(modules[0])
+        elif len(modules) > 1:
+            norm = None if any(map(unusual, modules)) else running_norm(stage)
             if norm is not None:
                 for fused in names[:-1]:
                     delattr(features, fused)

@@ -470,9 +470,8 @@ def stem_tail(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
 
     ``parts``: norm, ReLU and pool, without the ReLU where the norm carries it.
     """
-    norm = cast(BatchNorm, parts[0])
-    backend = None if any(map(unusual, parts)) else _fast_backend(norm, x)
-    if backend is None or not _stock_computes(x, norm):
+    norm, backend = cast(BatchNorm, parts[0]), _backend_of(parts, x)
+    if backend is None:
         for part in parts:
             x = part(x)
         return x
@@ -482,11 +481,9 @@ def stem_tail(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 def prepared_stem_tail(parts: Sequence[nn.Module], x: Tensor) -> Prepared | None:
     """What makes :func:`stem_tail` of x, and of tensors like it, without autograd; ``None`` for no such."""
-    norm = cast(BatchNorm, parts[0])
-    backend = None if any(map(unusual, parts)) else _fast_backend(norm, x)
-    running = running_norm(norm)
+    running, backend = running_norm(cast(BatchNorm, parts[0])), _backend_of(parts, x)
     prepare = None if backend is None else backends.preparation(backend, "stem_tail")
-    if prepare is None or running is None or not _stock_computes(x, norm):
+    if prepare is None or running is None:
         return None
     checks.check_norm("stem_tail", x, running)
     return prepare(running, x_dtype=x.dtype)
@@ -494,10 +491,17 @@ def prepared_stem_tail(parts: Sequence[nn.Module], x: Tensor) -> Prepared | None
 
 def head(norm: BatchNorm, x: Tensor, stats: BatchStats | None) -> Tensor:
     """norm, ReLU and global average pool of [N, C, *spatial] in one pass where possible: [N, C]."""
-    backend = None if unusual(norm) else _fast_backend(norm, x)
-    if backend is None or not _stock_computes(x, norm):
+    backend = _backend_of([norm], x)
+    if backend is None:
         return reference.global_avg_pool(F.relu(norm(x), inplace=True))
     return ops.head(x, norm_for(norm, x, stats, backend), backend=backend)
+
+
+def _backend_of(parts: Sequence[nn.Module], x: Tensor) -> str | None:
+    """The backend for stock modules from a norm on; ``None`` where they must run one by one."""
+    norm = cast(BatchNorm, parts[0])
+    backend = None if any(map(unusual, parts)) else _fast_backend(norm, x)
+    return backend if backend is not None and _stock_computes(x, norm) else None
 
 
 # -- what the modules share ----------------------------------------------------------------------------------

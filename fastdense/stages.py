@@ -39,10 +39,11 @@ def through(
     chain: Chain | None = None
     channels_last = is_channels_last(x)  # as the reference's features would be; ours always are
     while remaining:
-        (name, modules), stage = remaining[0], remaining[0].modules[0]
+        step = remaining[0]
+        modules, stage = step.modules, step.modules[0]
         if isinstance(stage, BatchNorm) and len(remaining) == len(modules) == 1:
             return x, stats, stage
-        if may_chain and remaining[0].is_fused() and may_run(x):
+        if may_chain and step.is_fused() and may_run(x):
             chain = chain or Chain.of(features)
             x, done = chain.run(remaining, x)
             if done:
@@ -60,5 +61,5 @@ def through(
             x, stats, chain = stage(x), None, None  # a stage may change others
             channels_last = is_channels_last(x)
         if visit is not None:
-            visit(name, x)
+            visit(step.name, x)
     return x, stats, None

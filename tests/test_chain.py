@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import test_ready
 import torch
+from test_ready import CHANGES, afresh, warm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -51,23 +51,6 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Chain, "run", counted)
     return seen
-
-
-@torch.inference_mode()
-def warm(net: nn.Module, x: Tensor) -> Tensor:
-    """The output of a third call, all of which are the same."""
-    first, second, third = (net(x) for _ in range(3))
-    assert torch.equal(first, second)
-    assert torch.equal(first, third)
-    return third
-
-
-def afresh(net: nn.Module, x: Tensor) -> Tensor:
-    """The output of a forward that reads everything anew, stage by stage."""
-    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Fused, "_ready_for", lambda block, x: None)
-        patch.setattr(stages, "may_run", lambda x: False)
-        return net(x)
 
 
 def outcome(run: Callable[[], Tensor]) -> Tensor | str:
@@ -159,7 +142,7 @@ def test_too_small_an_image_is_the_same_error(net: Any, x: Tensor) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::fastdense.FallbackWarning")
-@pytest.mark.parametrize("change", test_ready.CHANGES)
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_a_block_is_seen_at_once(net: Any, x: Tensor, change: Callable[[Any], None]) -> None:
     before = warm(net, x)
     change(net.features.denseblock1)
