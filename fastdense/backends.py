@@ -131,7 +131,11 @@ CHAIN = "chain"
 
 
 def preparation(name: str, op: str) -> Callable[..., Prepared] | None:
-    """What makes an op ready of its arguments after x, or :data:`CHAIN`, in a backend that has such a thing."""
+    """What makes an op ready, or :data:`CHAIN`, in a backend that has such a thing.
+
+    An op's takes its arguments after x, the dtypes, and whether the tensors are ``changeable``: only then it may be
+    asked whether it is current.
+    """
     return None if name == REFERENCE else getattr(kernels(name), "PREPARED", {}).get(op)
 
 

@@ -83,7 +83,7 @@ class Frozen(nn.Module):
             options = self._options(x, cast_to, backend)
             prepare = backends.preparation(backend, self.op)
             dtypes = dict(x_dtype=x.dtype) | ({"dtype": options["dtype"]} if self._convolves else {})
-            self._found[key] = prepare and prepare(*self._arguments(), **dtypes), options
+            self._found[key] = prepare and prepare(*self._arguments(), **dtypes, changeable=False), options
         return self._found[key]
 
     def extra_repr(self) -> str:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import operator
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -466,6 +468,11 @@ def swap_two_values(weight: Tensor) -> None:
     flat[[0, 64]] = flat[[64, 0]]
 
 
+def read_the_same_bytes_by_pixels(weight: Tensor) -> None:
+    by_pixels = weight.data.to(memory_format=torch.channels_last)
+    weight.data = weight.data.as_strided(by_pixels.shape, by_pixels.stride())
+
+
 @pytest.mark.parametrize("change", [negate, one_value, write_through_numpy, exchange_storage, swap_two_values])
 @pytest.mark.parametrize("name", ["denselayer1.conv1", "denselayer2.conv2"])
 def test_a_changed_weight_is_seen_at_once(compiled, change, name, twins, randn):
@@ -487,6 +494,35 @@ def test_a_changed_norm_is_seen_at_once(compiled, twins, randn):
             layer.norm1.running_var.data.mul_(3)
             layer.norm2.bias.data.add_(1)
     torch.testing.assert_close(infer(fast, x), infer(stock, x))
+
+
+def stride_bias(norm: nn.Module) -> None:
+    norm.bias.data = torch.stack([norm.bias.data + 1] * 2, 1)[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("denselayer2.conv2.weight", read_the_same_bytes_by_pixels), ("denselayer1.norm1", stride_bias)],
+)
+def test_other_strides_are_seen_at_once(compiled, name, change, twins, randn):
+    fast, stock = twins("block", num_layers=2, num_input_features=32)
+    x = randn(1, 32, 6, 6)
+    before = infer(fast, x)
+    for model in (fast, stock):
+        change(operator.attrgetter(name)(model))
+    assert not torch.equal(infer(fast, x), before)
+    torch.testing.assert_close(infer(fast, x), infer(stock, x))
+
+
+def test_what_was_seen_goes_with_its_module(compiled, twins, randn):
+    fast, _ = twins("block", num_layers=2, num_input_features=8)
+    infer(fast, randn(1, 8, 5, 5))
+    weight = fast.denselayer1.conv1.weight.detach()  # shares memory, not the tensor
+    memory = weakref.ref(fast.denselayer1.conv1.weight)
+    del fast, _
+    gc.collect()
+    assert memory() is None
+    assert weight.isfinite().all()
 
 
 def test_packed_weights_live_as_long_as_their_weights(compiled, twins, randn):

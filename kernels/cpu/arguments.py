@@ -68,6 +68,7 @@ class Norms:
     """BatchNorms; keeps alive what the pointers point to.
 
     Attributes:
+        given: all vectors.
         array: one entry a norm.
         dtype: the number of the dtype of all their vectors: their own where it is common to all, else float32.
     """
@@ -87,7 +88,7 @@ class Norms:
             dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         if dtype not in DTYPES:
             dtype = torch.float32
-        self._given = list(itertools.chain.from_iterable(columns))
+        self.given = list(itertools.chain.from_iterable(columns))
         self._columns = [
             [v if v.dtype == dtype and v.is_contiguous() else v.to(dtype).contiguous() for v in vectors]
             for vectors in columns
@@ -96,15 +97,9 @@ class Norms:
         addresses = [[vector.data_ptr() for vector in vectors] for vectors in self._columns]
         self.array = (NormArgs * len(eps))(*map(NormArgs, *addresses, eps))
 
-    def places(self) -> list[tuple[object, ...]] | None:
-        """Where the vectors are now; ``None`` where the pointers point to copies.
-
-        While it stays the same the pointers are good, whatever is written to the vectors.
-        """
-        read = itertools.chain.from_iterable(self._columns)
-        if not all(map(operator.is_, self._given, read)):
-            return None
-        return [(v.data_ptr(), v.numel(), v.dtype, v.is_contiguous()) for v in self._given]
+    def are_in_place(self) -> bool:
+        """Whether the pointers point to the given vectors, not to copies."""
+        return all(map(operator.is_, self.given, itertools.chain.from_iterable(self._columns)))
 
     @staticmethod
     def of(norms: Sequence[Norm], dtype: torch.dtype | None = None) -> Norms:

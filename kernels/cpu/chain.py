@@ -14,7 +14,8 @@ from torch import Tensor
 from ..contract import empty_channels_last
 from .arguments import pixels, spatial
 from .library import ChainArgs, StageArgs
-from .packing import Prepared, are_current
+from .packing import Prepared
+from .seen import SeenTogether
 
 _KINDS = {"stem_tail": 0, "dense_block": 1, "transition": 2}
 """Of kernels, as in ``src/abi.h``."""
@@ -60,14 +61,16 @@ class PreparedChain:
     """
 
     def __init__(self, stages: Sequence[Prepared], changeable: Sequence[Prepared]):
-        self._stages, self._changeable = list(stages), list(changeable)
+        self._stages = list(stages)
+        seen = [stage.seen for stage in changeable if stage.seen is not None]
+        self._seen = SeenTogether(seen) if len(seen) == len(changeable) else None
         self.out_dtype = stages[-1].out_dtype
         self._fit = all(one.out_dtype == other.in_dtype for one, other in pairwise(stages))
         self._bound: _Bound | None = None  # of the last call
 
     def is_current(self) -> bool:
         """Whether all that may change are."""
-        return are_current(self._changeable)
+        return self._seen is not None and self._seen.holds()
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Of x of ``shape``."""

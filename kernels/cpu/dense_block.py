@@ -27,7 +27,7 @@ class PreparedBlock(Prepared):
 
     kernel = "dense_block"
 
-    def __init__(self, layers: DenseLayers, x_dtype: torch.dtype, dtype: torch.dtype):
+    def __init__(self, layers: DenseLayers, x_dtype: torch.dtype, dtype: torch.dtype, changeable: bool = True):
         norms = Norms(
             layers.norm1_weight + layers.norm2_weight,
             layers.norm1_bias + layers.norm2_bias,
@@ -35,7 +35,7 @@ class PreparedBlock(Prepared):
             layers.norm1_running_var + layers.norm2_running_var,
             layers.norm1_eps + layers.norm2_eps,
         )
-        super().__init__(norms, layers.conv1_weight + layers.conv2_weight, dtype)
+        super().__init__(norms, layers.conv1_weight + layers.conv2_weight, dtype, changeable)
         self.in_dtype = self.out_dtype = torch.promote_types(x_dtype, dtype)
         self._channels = layers.output_channels
         conv3_depth, conv3_height, _ = taps(layers.growth_weight[0])
@@ -60,7 +60,7 @@ class PreparedBlock(Prepared):
 
 def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) -> Tensor:
     """Forward with running statistics: X alone, [N, C_L, *spatial]."""
-    return PreparedBlock(layers, x.dtype, dtype)(x)
+    return PreparedBlock(layers, x.dtype, dtype, changeable=False)(x)
 
 
 def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottleneck: bool) -> DenseBlockOutput:

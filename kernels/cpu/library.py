@@ -25,7 +25,7 @@ from ctypes import (
     c_void_p,
 )
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,6 +115,26 @@ class ChainArgs(Structure):
     )
 
 
+class TensorFunctions(Structure):
+    """As in ``src/abi.h``."""
+
+    _fields_ = _fields((c_void_p, "device_type dtype dim sizes strides data_ptr"))
+
+
+class SeenTensor(Structure):
+    """As in ``src/abi.h``."""
+
+    _fields_ = _fields(
+        (c_void_p, "tensor"),
+        (POINTER(c_int64), "shape"),
+        (c_int64, "dim"),
+        (c_int32, "device_type dtype"),
+        (c_void_p, "data"),
+        (c_int64, "bytes"),
+        (c_uint64, "fingerprint"),
+    )
+
+
 class TrainingLayerArgs(Structure):
     """``TrainingLayer`` of ``src/abi.h``."""
 
@@ -177,6 +197,26 @@ _KERNELS: dict[str, type[Structure]] = {
 }
 
 
+class _OfTorch(NamedTuple):
+    """torch's C functions, in the library that the running process has loaded already."""
+
+    library: ctypes.CDLL
+    parallel_for: c_void_p
+    tensor_functions: TensorFunctions
+
+    @staticmethod
+    def load() -> _OfTorch:
+        folder = Path(torch.__file__).parent / "lib"
+        names = ("libtorch_cpu.so", "libtorch_cpu.dylib")
+        library = ctypes.CDLL(str(next((folder / name for name in names if (folder / name).exists()), names[0])))
+        functions = [getattr(library, f"aoti_torch_get_{name}") for name, _ in TensorFunctions._fields_]
+        return _OfTorch(
+            library,
+            ctypes.cast(library.torch_parallel_for, c_void_p),
+            TensorFunctions(*(ctypes.cast(function, c_void_p) for function in functions)),
+        )
+
+
 _SAME_VALUES = PYFUNCTYPE(c_int32, c_void_p, c_int64, POINTER(c_void_p), POINTER(c_int64), POINTER(c_void_p))
 
 
@@ -187,8 +227,8 @@ class Library:
         isa: the instruction set's name.
     """
 
-    def __init__(self, library: ctypes.CDLL, kernels: int, parallel_for: c_void_p):
-        self._library, self._kernels, self._parallel_for = library, c_void_p(kernels), parallel_for
+    def __init__(self, library: ctypes.CDLL, kernels: int, of_torch: _OfTorch):
+        self._library, self._kernels, self._of_torch = library, c_void_p(kernels), of_torch
         self.isa: str = library.fastdense_name(self._kernels).decode()
 
     def fingerprints(self, tensors: Sequence[Tensor]) -> list[int]:
@@ -199,6 +239,18 @@ class Library:
         out = (c_uint64 * count)()
         self._check(self._library.fastdense_fingerprints(self._kernels, count, data, sizes, out, *self._threads()))
         return list(out)
+
+    def kind_of(self, tensor: int) -> tuple[int, int]:
+        """torch's numbers of the device's type and the dtype of a tensor, by its handle."""
+        device_type, dtype = c_int32(), c_int32()
+        self._of_torch.library.aoti_torch_get_device_type(c_void_p(tensor), ctypes.byref(device_type))
+        self._of_torch.library.aoti_torch_get_dtype(c_void_p(tensor), ctypes.byref(dtype))
+        return device_type.value, dtype.value
+
+    def are_as_seen(self, seen: Array[SeenTensor]) -> bool:
+        """Whether the tensors are what they were."""
+        functions = ctypes.byref(self._of_torch.tensor_functions)
+        return self._library.fastdense_are_as_seen(self._kernels, functions, len(seen), seen, *self._threads()) == 1
 
     def pack(self, args: Array[WeightArgs], dtype: torch.dtype) -> list[Tensor]:
         """Convolution weights as the kernels read them, for results of ``dtype``."""
@@ -213,7 +265,7 @@ class Library:
         """Call the kernel ``fastdense_<name>``."""
         args.threads = torch.get_num_threads()  # type: ignore[attr-defined]
         function = getattr(self._library, f"fastdense_{name}")
-        self._check(function(self._kernels, ctypes.byref(args), self._parallel_for))
+        self._check(function(self._kernels, ctypes.byref(args), self._of_torch.parallel_for))
 
     def watch(self, dicts: Sequence[dict[str, Any]]) -> Callable[[], bool]:
         """Whether the dicts still have, in order, the very values that they have now; called under CPython's lock.
@@ -232,7 +284,7 @@ class Library:
         return lambda: same_values(*arguments) == 1
 
     def _threads(self) -> tuple[c_void_p, int]:
-        return self._parallel_for, torch.get_num_threads()
+        return self._of_torch.parallel_for, torch.get_num_threads()
 
     def _check(self, failed: int) -> None:
         if failed:
@@ -264,22 +316,15 @@ def offered(folder: Path = Path(__file__).parent) -> dict[str, Library] | str:
         return "its C++ was not compiled: fastdense was installed without a C++ compiler (g++), or not for x86-64"
     try:
         library = ctypes.CDLL(str(files[0]))
-        parallel_for = ctypes.cast(_torch_library().torch_parallel_for, c_void_p)
+        of_torch = _OfTorch.load()
     except (OSError, AttributeError) as error:
         return f"its library cannot be loaded: {error}"
     _declare(library)
     offers: dict[str, Library] = {}
     while kernels := library.fastdense_kernels(len(offers)):
-        found = Library(library, kernels, parallel_for)
+        found = Library(library, kernels, of_torch)
         offers[found.isa] = found
     return offers or "it needs AVX2, FMA and F16C, which this CPU lacks"
-
-
-def _torch_library() -> ctypes.CDLL:
-    """torch's C++ library, which the running process has loaded already."""
-    folder = Path(torch.__file__).parent / "lib"
-    names = ("libtorch_cpu.so", "libtorch_cpu.dylib")
-    return ctypes.CDLL(str(next((folder / name for name in names if (folder / name).exists()), names[0])))
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -290,6 +335,9 @@ def _declare(library: ctypes.CDLL) -> None:
     library.fastdense_packed_bytes.restype = c_int64
     library.fastdense_fingerprints.argtypes = [
         c_void_p, c_int64, POINTER(c_void_p), POINTER(c_int64), POINTER(c_uint64), c_void_p, c_int32
+    ]  # fmt: skip
+    library.fastdense_are_as_seen.argtypes = [
+        c_void_p, POINTER(TensorFunctions), c_int64, POINTER(SeenTensor), c_void_p, c_int32
     ]  # fmt: skip
     library.fastdense_pack.argtypes = [
         c_void_p, c_int64, POINTER(WeightArgs), c_int32, POINTER(c_void_p), c_void_p, c_int32

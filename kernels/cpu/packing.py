@@ -7,7 +7,6 @@ at the speed of memory. Version counters and addresses would miss writes through
 from __future__ import annotations
 
 import functools
-import operator
 import weakref
 from collections.abc import Sequence
 from ctypes import Structure
@@ -19,6 +18,7 @@ from torch import Tensor
 from ..contract import empty_channels_last
 from .arguments import Norms, Weights, loaded, pixels, run_on
 from .library import DTYPES, Library
+from .seen import Seen
 
 
 class _Packed(NamedTuple):
@@ -31,11 +31,12 @@ _packed: dict[tuple[str, torch.dtype], dict[int, _Packed]] = {}
 """By instruction set and the dtype that results are rounded to: a weight's id -> its packed form."""
 
 
-def packed(library: Library, weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Each weight as the kernels read it, packed now only where it has changed."""
+def packed(library: Library, weights: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[int]]:
+    """Each weight as the kernels read it, packed now only where it has changed; and their fingerprints."""
     known = _packed.setdefault((library.isa, dtype), {})
     dense = [_dense(w) for w in weights]
-    states = [(mark, w.shape, w.stride(), w.dtype) for mark, w in zip(library.fingerprints(dense), dense, strict=True)]
+    fingerprints = library.fingerprints(dense)
+    states = [(mark, w.shape, w.stride(), w.dtype) for mark, w in zip(fingerprints, dense, strict=True)]
     entries = [known.get(id(w)) for w in weights]
     stale = [
         i
@@ -47,7 +48,7 @@ def packed(library: Library, weights: list[Tensor], dtype: torch.dtype) -> list[
             weight = weights[i]
             reference = weakref.ref(weight, functools.partial(_forget, known, id(weight)))
             entries[i] = known[id(weight)] = _Packed(reference, states[i], memory)
-    return [entry.memory for entry in entries if entry is not None]
+    return [entry.memory for entry in entries if entry is not None], fingerprints
 
 
 def _forget(known: dict[int, _Packed], key: int, reference: weakref.ref[Tensor]) -> None:
@@ -68,8 +69,12 @@ def _dense(weight: Tensor) -> Tensor:
 class Prepared:
     """What a kernel at given statistics reads of a module: norms where they are, weights packed for ``dtype``.
 
+    Args:
+        changeable: whether anyone will ask if it is current.
+
     Attributes:
         in_dtype, out_dtype: of x as the kernel reads it, and of what it makes.
+        seen: what it was made from; ``None`` where nothing could tell a change of that, or nobody asks.
     """
 
     kernel: str
@@ -77,13 +82,15 @@ class Prepared:
     out_dtype: torch.dtype
     args: Structure
 
-    def __init__(self, norms: Norms, weights: list[Tensor], dtype: torch.dtype):
-        self.library, self.norms, self.weights, self.dtype = loaded(), norms, weights, dtype
-        self.places, self.packed = norms.places(), packed(self.library, weights, dtype)
+    def __init__(self, norms: Norms, weights: list[Tensor], dtype: torch.dtype, changeable: bool):
+        self.library, self.norms = loaded(), norms
+        self.packed, fingerprints = packed(self.library, weights, dtype)
+        can_be_seen = changeable and norms.are_in_place() and all(_dense(weight) is weight for weight in weights)
+        self.seen = Seen(self.library, norms.given, weights, fingerprints) if can_be_seen else None
 
     def is_current(self) -> bool:
         """Whether another one of the same tensors, with what they contain now and where they are, would be the same."""
-        return are_current([self])
+        return self.seen is not None and self.seen.holds()
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Of x of ``shape``."""
@@ -94,18 +101,3 @@ class Prepared:
         out = empty_channels_last(self.output_shape(x.shape), self.out_dtype, x.device)
         run_on(self.library, self.kernel, self.args, pixels(x, self.in_dtype), out)
         return out
-
-
-def are_current(prepared: Sequence[Prepared]) -> bool:
-    """Whether all are."""
-    if any(each.places is None or each.norms.places() != each.places for each in prepared):
-        return False
-    for dtype in {each.dtype for each in prepared}:
-        of_dtype = [each for each in prepared if each.dtype == dtype]
-        weights = [weight for each in of_dtype for weight in each.weights]
-        if not all(weight.is_cpu for weight in weights):
-            return False
-        kept = (memory for each in of_dtype for memory in each.packed)
-        if not all(map(operator.is_, packed(of_dtype[0].library, weights, dtype), kept)):
-            return False
-    return True

@@ -39,8 +39,8 @@ class PreparedTransition(Prepared):
 
     kernel = "transition"
 
-    def __init__(self, norm: Norm, weight: Tensor, x_dtype: torch.dtype, dtype: torch.dtype):
-        super().__init__(Norms.of([norm]), [weight], dtype)
+    def __init__(self, norm: Norm, weight: Tensor, x_dtype: torch.dtype, dtype: torch.dtype, changeable: bool = True):
+        super().__init__(Norms.of([norm]), [weight], dtype, changeable)
         self.in_dtype, self.out_dtype = x_dtype, dtype
         self.args = TransitionArgs(
             channels=weight.shape[1],
@@ -62,8 +62,8 @@ class PreparedStemTail(Prepared):
 
     kernel = "stem_tail"
 
-    def __init__(self, norm: Norm, x_dtype: torch.dtype):
-        super().__init__(Norms.of([norm]), [], x_dtype)
+    def __init__(self, norm: Norm, x_dtype: torch.dtype, changeable: bool = True):
+        super().__init__(Norms.of([norm]), [], x_dtype, changeable)
         self.in_dtype = self.out_dtype = x_dtype
         self.args = PoolArgs(
             channels=len(norm.weight), norm=self.norms.array[0], store=DTYPES[x_dtype], norm_dtype=self.norms.dtype
@@ -76,12 +76,12 @@ class PreparedStemTail(Prepared):
 
 def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """[N, C, *spatial], [C', C, 1, ...] -> [N, C', *(size // 2)] of ``dtype``, channels-last."""
-    return PreparedTransition(norm, weight, x.dtype, dtype)(x)
+    return PreparedTransition(norm, weight, x.dtype, dtype, changeable=False)(x)
 
 
 def stem_tail(x: Tensor, norm: Norm) -> Tensor:
     """[N, C, *spatial] -> [N, C, *ceil(size / 2)], of x's dtype."""
-    return PreparedStemTail(norm, x.dtype)(x)
+    return PreparedStemTail(norm, x.dtype, changeable=False)(x)
 
 
 def head(x: Tensor, norm: Norm) -> Tensor:

@@ -146,6 +146,27 @@ struct StatsArgs {
   int32_t store, threads;
 };
 
+// torch's C functions that say what a tensor is now. They return 0.
+struct TensorFunctions {
+  int32_t (*device_type)(void* tensor, int32_t* out);
+  int32_t (*dtype)(void* tensor, int32_t* out);
+  int32_t (*dim)(void* tensor, int64_t* out);
+  int32_t (*sizes)(void* tensor, int64_t** out);
+  int32_t (*strides)(void* tensor, int64_t** out);
+  int32_t (*data)(void* tensor, void** out);
+};
+
+// A tensor as it was. What matters is where its memory is or, with data null, what is in it.
+struct SeenTensor {
+  void* tensor;          // torch's handle
+  const int64_t* shape;  // [2 * dim]: sizes, strides
+  int64_t dim;
+  int32_t device_type, dtype;  // by torch's numbers
+  const void* data;
+  int64_t bytes;         // that are in it, else 0
+  uint64_t fingerprint;  // of these
+};
+
 // What one instruction set offers. Bytes of a packed weight are `packed_bytes`, aligned to 64.
 struct Kernels {
   const char* name;

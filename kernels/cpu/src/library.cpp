@@ -1,8 +1,9 @@
 // What Python calls: which instruction sets this CPU has, and their kernels; whether weights and modules are what they
 // were.
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
-#include <numeric>
+#include <cstring>
 
 #include "abi.h"
 #include "memory.h"
@@ -108,6 +109,41 @@ void run_chain(const Kernels& kernels, const ChainArgs& p, ParallelFor parallel_
   }
 }
 
+// Dicts lie anywhere, and their keys and values elsewhere: this many ahead are asked for. Where a dict says where its
+// keys are is CPython's own; all that a wrong place would cost is time.
+constexpr int64_t kAhead = 12, kKeys = 32;
+
+void prefetch_keys(const void* dict) {
+  constexpr int kLines = 8;
+  const char* keys;
+  std::memcpy(&keys, static_cast<const char*>(dict) + kKeys, sizeof(keys));
+  for (int i = 0; i < kLines; ++i) __builtin_prefetch(keys + i * kCacheLine);
+}
+
+// f(i) over [0, count): every thread takes those that begin in its share of what all cost.
+template <class Cost, class F>
+void run_by_cost(const Team& team, int64_t count, const Cost& cost, const F& f) {
+  int64_t total = 1;
+  for (int64_t i = 0; i < count; ++i) total += cost(i);
+  team.run(team.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = 0, start = 0; i < count; start += cost(i++))
+      if (start * team.threads / total >= begin && start * team.threads / total < end) f(i);
+  });
+}
+
+bool is_as_seen(const Kernels& kernels, const TensorFunctions& functions, const SeenTensor& seen) {
+  int32_t device_type, dtype;
+  int64_t dim, *sizes, *strides;
+  void* data;
+  if (functions.device_type(seen.tensor, &device_type) != 0 || device_type != seen.device_type) return false;
+  if (functions.dtype(seen.tensor, &dtype) != 0 || dtype != seen.dtype) return false;
+  if (functions.dim(seen.tensor, &dim) != 0 || dim != seen.dim) return false;
+  if (functions.sizes(seen.tensor, &sizes) != 0 || !std::equal(sizes, sizes + dim, seen.shape)) return false;
+  if (functions.strides(seen.tensor, &strides) != 0) return false;
+  if (!std::equal(strides, strides + dim, seen.shape + dim) || functions.data(seen.tensor, &data) != 0) return false;
+  return seen.data != nullptr ? data == seen.data : kernels.fingerprint(data, seen.bytes) == seen.fingerprint;
+}
+
 }  // namespace
 }  // namespace fastdense
 
@@ -122,18 +158,25 @@ FASTDENSE_EXPORT const Kernels* fastdense_kernels(int32_t i) {
 
 FASTDENSE_EXPORT const char* fastdense_name(const Kernels* kernels) { return kernels->name; }
 
-// Every thread takes the tensors that begin in its share of the bytes.
 FASTDENSE_EXPORT int32_t fastdense_fingerprints(const Kernels* kernels, int64_t count, const void* const* data,
                                                 const int64_t* bytes, uint64_t* out, ParallelFor parallel_for,
                                                 int32_t threads) {
   return guarded([&] {
-    const int64_t total = std::accumulate(bytes, bytes + count, int64_t{1});
-    Team{parallel_for, threads}.run(threads, [&](int64_t begin, int64_t end) {
-      for (int64_t i = 0, start = 0; i < count; start += bytes[i++])
-        if (start * threads / total >= begin && start * threads / total < end)
-          out[i] = kernels->fingerprint(data[i], bytes[i]);
-    });
+    run_by_cost({parallel_for, threads}, count, [&](int64_t i) { return bytes[i]; },
+                [&](int64_t i) { out[i] = kernels->fingerprint(data[i], bytes[i]); });
   });
+}
+
+// Whether the tensors are what they were.
+FASTDENSE_EXPORT int32_t fastdense_are_as_seen(const Kernels* kernels, const TensorFunctions* functions, int64_t count,
+                                               const SeenTensor* seen, ParallelFor parallel_for, int32_t threads) {
+  constexpr int64_t kOfAsking = 1024;  // bytes that are read in the time that it takes
+  std::atomic<bool> all{true};
+  const int32_t failed = guarded([&] {
+    run_by_cost({parallel_for, threads}, count, [&](int64_t i) { return seen[i].bytes + kOfAsking; },
+                [&](int64_t i) { if (all && !is_as_seen(*kernels, *functions, seen[i])) all = false; });
+  });
+  return failed == 0 && all;
 }
 
 // CPython's PyDict_Next: a dict's next key and value, from `position` on; 0 behind the last.
@@ -143,9 +186,9 @@ using NextInDict = int (*)(void* dict, intptr_t* position, void** key, void** va
 // the dicts is looked at.
 FASTDENSE_EXPORT int32_t fastdense_same_values(NextInDict next, int64_t count, void* const* dicts, const int64_t* sizes,
                                                const void* const* values) {
-  constexpr int64_t kAhead = 12;  // dicts, which lie anywhere
   for (int64_t i = 0; i < count; ++i) {
-    if (i + kAhead < count) __builtin_prefetch(static_cast<const char*>(dicts[i + kAhead]) + kCacheLine / 2);
+    if (i + 2 * kAhead < count) __builtin_prefetch(static_cast<const char*>(dicts[i + 2 * kAhead]) + kKeys);
+    if (i + kAhead < count) prefetch_keys(dicts[i + kAhead]);
     const void* const* const end = values + sizes[i];
     void *key, *value;
     for (intptr_t position = 0; next(dicts[i], &position, &key, &value) != 0; ++values)
