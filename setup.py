@@ -14,7 +14,7 @@ COMPILE = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno",
 SOURCES = ("library", "avx2", "avx512", "avx512_bf16", "amx")
 HEADERS = (
     "abi", "avx512_bf16_vectors", "avx512_vectors", "conv1x1", "conv3x3", "dense_block", "elements", "gemm",
-    "includes", "kernels", "memory", "norm", "pack", "pointwise", "pointwise_backward", "statistics", "team",
+    "includes", "kernels", "memory", "norm", "pack", "pointwise", "pointwise_backward", "statistics", "stem", "team",
     "training",
 )  # fmt: skip
 

@@ -113,7 +113,7 @@ def _parts(ops: list[tuple[str, float]], mode: str, blocks: int) -> Iterator[tup
     """Each op's seconds, with the part that it belongs to; what is not worth a name belongs to none."""
     seen = {"block": 0, "transition": 0}
     for name, seconds in ops:
-        if name in _STEM or "stem_tail" in name:
+        if name in _STEM or "::stem_" in name:
             yield "stem", seconds
         elif name in _HEAD or "::head" in name:
             yield "head", seconds

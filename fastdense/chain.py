@@ -8,7 +8,7 @@ through the stages that was found once is gone again, as long as nothing that it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,40 +17,55 @@ from torch.nn.modules.pooling import _MaxPoolNd
 from . import backends, ops
 from .backends import Prepared
 from .frozen import Frozen
-from .modules import Fused, autocast_dtype, is_transformed, prepared_stem_tail
+from .modules import Fused, autocast_dtype, is_transformed, prepared_head, prepared_stem, prepared_stem_tail
 from .ready import Kept, Ready
 from .served import BatchNorm, carries_relu, global_hooks, hooked
 
 
 class Step(NamedTuple):
-    """What is run at once of a sequence of modules: a stem's tail, or a single one."""
+    """What is run at once of a sequence of modules: a stem, or its tail, or a single one.
+
+    ``is_head``: of the last, a norm, with the ReLU and the pool that come after the sequence.
+    """
 
     names: tuple[str, ...]
     modules: tuple[nn.Module, ...]
+    is_head: bool = False
 
     @property
     def name(self) -> str:
         """Of the last, which stands for all."""
         return self.names[-1]
 
+    def is_stem(self) -> bool:
+        """Whether it begins with a convolution."""
+        return len(self.modules) > 1 and not isinstance(self.modules[0], BatchNorm)
+
     def is_fused(self) -> bool:
         """Whether it may be an op."""
-        return len(self.modules) > 1 or isinstance(self.modules[0], Fused | Frozen)
+        return self.is_head or len(self.modules) > 1 or isinstance(self.modules[0], Fused | Frozen)
 
     def prepared(self, x: Tensor) -> Prepared | None:
         """What makes its output of x, and of tensors like it; ``None`` where a backend has nothing ready."""
         if len(self.modules) > 1:
-            return prepared_stem_tail(self.modules, x)
+            prepare = prepared_stem if self.is_stem() else prepared_stem_tail
+            return prepare(self.modules, x)
         (stage,) = self.modules
+        if self.is_head:
+            return prepared_head(cast(BatchNorm, stage), x)
         return stage.prepared(x) if isinstance(stage, Fused | Frozen) and not hooked(stage) else None
 
 
-def steps(features: nn.Module) -> list[Step]:
-    """The stages of a sequence, the modules of a stem's tail together."""
+def steps(features: nn.Module, whole_stem: bool = True) -> list[Step]:
+    """The stages of a sequence, the modules of a stem together, or those of its tail; a norm at its end is a head."""
     stages, found = list(features.named_children()), []
     while stages:
         size = _stem_tail_size(stages) or 1
-        found.append(Step(*zip(*stages[:size], strict=True)))
+        if whole_stem and type(stages[0][1]) in (nn.Conv1d, nn.Conv2d):
+            size += _stem_tail_size(stages[1:])
+        is_head = size == len(stages) == 1 and isinstance(stages[0][1], BatchNorm)
+        names, modules = zip(*stages[:size], strict=True)
+        found.append(Step(names, modules, is_head))
         del stages[:size]
     return found
 
@@ -82,11 +97,11 @@ class Chain(Kept):
     def run(self, remaining: Sequence[Step], x: Tensor) -> tuple[Tensor, int]:
         """x through the first of the remaining steps, as far as they are ready, and how many these are."""
         backend = _backend(x)
-        key = remaining[0].name, x.device, x.dtype, x.dim(), x.shape[1], autocast_dtype(x), backend
+        key = len(remaining), remaining[0].name, x.device, x.dtype, x.dim(), x.shape[1], autocast_dtype(x), backend
         way, length = self._ways.get(key, (None, 0))
         if way is None or not way.is_current():
             way, length = self._ways[key] = self._way(remaining, x, backend)
-        if way is None or min(way.output_shape(x.shape)) == 0:
+        if way is None or min(way.output_shape(x.shape)) < 1:
             return x, 0
         return way(x), length
 
@@ -94,7 +109,8 @@ class Chain(Kept):
         """Of tensors like x, whatever their size, through the first of the remaining steps, and how many these are."""
         calls: list[Prepared] = []
         changeable: list[Prepared] = []
-        shape: Sequence[int] = (1, x.shape[1], *[2 ** len(remaining)] * (x.dim() - 2))  # too small for none
+        size = max(2 ** len(remaining), *x.shape[2:])  # too small for none
+        shape: Sequence[int] = (1, x.shape[1], *[size] * (x.dim() - 2))
         dtype = x.dtype
         for step in remaining:
             like_x = x.new_empty(1, dtype=dtype).expand(shape)  # without memory for its values

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .kernels.contract import DenseLayers, Norm
+from .kernels.contract import DenseLayers, Norm, conv_sizes
 
 
 def check(op: str, x: Tensor, *arguments: Any) -> None:
@@ -33,11 +34,14 @@ def check_spatial(op: str, x: Tensor) -> None:
 
 def check_norm(op: str, x: Tensor, norm: Norm) -> None:
     check_spatial(op, x)
+    _check_vectors(op, norm, x.shape[1], f"the channels of x {list(x.shape)}")
+
+
+def _check_vectors(op: str, norm: Norm, channels: int, what: str) -> None:
     for name, vector in zip(Norm._fields, norm[:4], strict=False):
         require(
-            vector.shape == (x.shape[1],),
-            f"{op}: norm {name} must be [{x.shape[1]}] like the channels of x %s, got shape %s",
-            x.shape,
+            vector.shape == (channels,),
+            f"{op}: norm {name} must be [{channels}] like {what}, got shape %s",
             vector.shape,
         )
 
@@ -51,6 +55,22 @@ def check_transition(x: Tensor, norm: Norm, conv_weight: Tensor) -> None:
         conv_weight.shape,
     )
     require(min(x.shape[2:]) > 1, "transition: spatial dimensions must be at least 2, got shape %s", x.shape)
+
+
+def check_stem(x: Tensor, norm: Norm, conv_weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> None:
+    op = "stem_inference"
+    require(x.dim() in (3, 4), f"{op}: x must be [N, C, H, W] or [N, C, L], got shape %s", x.shape)
+    require(
+        conv_weight.dim() == x.dim() and conv_weight.shape[1] == x.shape[1],
+        f"{op}: conv_weight must be [C', {x.shape[1]}, *kernel] for x %s, got shape %s",
+        x.shape,
+        conv_weight.shape,
+    )
+    for name, values in (("stride", stride), ("padding", padding)):
+        require(len(values) == x.dim() - 2, f"{op}: {name} must have {x.dim() - 2} values, got {list(values)}")
+    _check_vectors(op, norm, len(conv_weight), f"the outputs of conv_weight {list(conv_weight.shape)}")
+    sizes = conv_sizes(x.shape[2:], conv_weight.shape[2:], stride, padding)
+    require(min(sizes) > 0, f"{op}: x %s is smaller than the kernel %s", x.shape, conv_weight.shape[2:])
 
 
 def check_layers(op: str, x: Tensor, layers: DenseLayers) -> None:

@@ -114,16 +114,19 @@ class _Ledger(TorchDispatchMode):
             self._part = part
             self._labels.update((key, _label(part, "concatenated")) for key in self._unread if key in self._labels)
             self._unread.clear()
+        before = self._bytes
         bottlenecks = set(map(id, result[1])) if name == "fastdense::dense_block" else ()
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._add(leaf, "bottlenecks" if id(leaf) in bottlenecks else _KINDS.get(name, "other"))
         scratch, _alive = 0, self._chain  # which lives until the peak is known
+        backend = None
         if op.namespace == "fastdense":
             backend = self._backend or kwargs["backend"]
             scratch = _scratch(backend, name.partition("::")[2], args, kwargs)
-            if backend == "cpu" and not torch.is_grad_enabled():
-                scratch += self._room(name, args[0], result)
+        ends_chain = self._chain and _key(self._chain[-1]) in keys and self._bytes > before  # not by a view
+        if (backend == "cpu" or ends_chain) and not torch.is_grad_enabled():
+            scratch += self._room(name, args[0], result)
         if not self._chain:  # of which nothing is a tensor but its input and output
             self.peak = max(self.peak, self._bytes + scratch)
         return result
@@ -183,7 +186,9 @@ _KINDS = {
 """What an op of a dense block makes."""
 
 
-_OF_A_CHAIN = ("fastdense::stem_tail", "fastdense::dense_block_inference", "fastdense::transition")
+_OF_A_CHAIN = tuple(
+    f"fastdense::{name}" for name in ("stem_inference", "stem_tail", "dense_block_inference", "transition", "head")
+)
 """Ops that, one after another, are one call of the C++ kernels."""
 
 

@@ -8,6 +8,7 @@ nothing is left that could change behind its back.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,17 +19,17 @@ from .chain import steps
 from .convert import convert
 from .frozen import Frozen
 from .models import FastDenseNet
-from .modules import FusedBlock, FusedTransition
+from .modules import FusedBlock, FusedTransition, stem_arguments
 from .norms import running_norm
-from .served import DIMS, hooked, unusual
+from .served import DIMS, BatchNorm, hooked, unusual
 
 
 def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of ``model`` for inference alone, in evaluation, as its weights are now.
 
     Frozen are dense blocks, and of a :class:`FastDenseNet`, which torchvision's DenseNet converts to, transitions and
-    the stem's tail. Whatever has hooks, biases, norms without running statistics, or another order of its features,
-    stays as :func:`convert` makes it.
+    the stem, or its tail. Whatever has hooks, biases, norms without running statistics, or another order of its
+    features, stays as :func:`convert` makes it.
 
     Args:
         model: any model that :func:`convert` takes, converted or not. It stays as it is and may be trained on; freeze
@@ -71,8 +72,8 @@ def _block(block: FusedBlock, dtype: torch.dtype | None) -> Frozen | None:
 
 
 def _freeze_others(features: nn.Sequential, dtype: torch.dtype | None) -> None:
-    """The transitions and the stem's tail of a FastDenseNet, in place."""
-    for names, modules in steps(features):
+    """The transitions and the stem of a FastDenseNet, in place."""
+    for names, modules, _ in steps(features):
         stage: Any = modules[0]
         if isinstance(stage, FusedTransition):
             arguments = None if hooked(stage) else stage.inference_arguments()
@@ -81,8 +82,19 @@ def _freeze_others(features: nn.Sequential, dtype: torch.dtype | None) -> None:
                     names[0], Frozen(stage.inference_op, arguments, arguments[1], arguments[1].dim(), dtype)
                 )
         elif len(modules) > 1:
-            norm = None if any(map(unusual, modules)) else running_norm(stage)
-            if norm is not None:
+            frozen = _stem(modules, dtype)
+            if frozen is None:  # its tail, at least
+                names, frozen = names[1:], _stem(modules[1:], dtype) if isinstance(modules[1], BatchNorm) else None
+            if frozen is not None:
                 for fused in names[:-1]:
                     delattr(features, fused)
-                features.add_module(names[-1], Frozen("stem_tail", (norm,), norm.weight, DIMS[type(modules[-1])]))
+                features.add_module(names[-1], frozen)
+
+
+def _stem(modules: Sequence[nn.Module], dtype: torch.dtype | None) -> Frozen | None:
+    """A frozen stem, or its tail; ``None`` where it has to stay as it is."""
+    if isinstance(modules[0], BatchNorm):
+        norm = None if any(map(unusual, modules)) else running_norm(modules[0])
+        return None if norm is None else Frozen("stem_tail", (norm,), norm.weight, DIMS[type(modules[-1])])
+    arguments = stem_arguments(modules)
+    return arguments and Frozen("stem_inference", arguments, arguments[1], arguments[1].dim(), dtype)

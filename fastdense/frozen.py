@@ -15,7 +15,7 @@ from .modules import autocast_dtype
 
 
 class Frozen(nn.Module):
-    """A dense block, transition or stem's tail at its running statistics, as its weights were when it was frozen.
+    """A dense block, transition, stem or stem's tail at its running statistics, as its weights were when it was frozen.
 
     Its tensors are buffers that no state_dict has: they follow ``to``, are copied and pickled, and nothing else.
 

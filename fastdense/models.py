@@ -20,7 +20,7 @@ class FastDenseNet(reference.DenseNet):
     """:class:`fastdense.reference.DenseNet`, same arguments and state_dict, run by the fused ops.
 
     Its ``features`` hold stock modules and fast blocks and may be changed as in torchvision's DenseNet:
-    the forward fuses what it recognises (stem tail, blocks, transitions, head), hands batch statistics from a
+    the forward fuses what it recognises (stem, blocks, transitions, head), hands batch statistics from a
     block to the norm after it, and calls everything else.
 
     Args:
@@ -43,7 +43,9 @@ class FastDenseNet(reference.DenseNet):
     def forward(self, x: Tensor) -> Tensor:
         if self.is_rebuilt():
             return super().forward(x)
-        x, stats, norm = through(self.features, x)
+        x, stats, norm, pooled = through(self.features, x, may_pool=True)
+        if pooled:
+            return self.classifier(x)
         if norm is not None:
             return self.classifier(head(norm, x, stats))
         return self.forward_head(F.relu(x))
@@ -52,7 +54,7 @@ class FastDenseNet(reference.DenseNet):
         """What the head pools: the last features, normalised and through the ReLU, [N, num_features, ...]."""
         if self.is_rebuilt():
             return F.relu(self.features(x))
-        x, _, norm = through(self.features, x)
+        x, _, norm, _ = through(self.features, x)
         return F.relu(x if norm is None else norm(x))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:

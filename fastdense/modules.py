@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 from . import backends, checks, layouts, ops, reference
 from .backends import Prepared
-from .kernels.contract import ChannelStats, DenseLayers, Norm, empty_channels_last, in_channels_last
+from .kernels.contract import ChannelStats, DenseLayers, Norm, conv_sizes, empty_channels_last, in_channels_last
 from .layouts import BlockLayout, TransitionLayout
 from .norms import (
     BatchStats,
@@ -35,7 +35,7 @@ from .norms import (
     uses_batch_stats,
 )
 from .ready import Inference, Ready
-from .served import DIMS, BatchNorm, Conv, global_hooks, obstacle_in, own_hooks, parameter, unusual
+from .served import DIMS, BatchNorm, Conv, global_hooks, obstacle_in, own_hooks, parameter, unusual, unusual_stem
 
 
 class FallbackWarning(UserWarning):
@@ -479,14 +479,61 @@ def stem_tail(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
     return ops.stem_tail(x, norm_for(norm, x, None, backend), backend=backend)
 
 
+def stem(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """``pool(relu(norm(conv(x))))``: in one pass in evaluation without autograd where a backend has that, else in two.
+
+    ``parts``: the convolution, then as of :func:`stem_tail`.
+    """
+    found = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else _stem(parts, x)
+    if found is None:
+        return stem_tail(parts[1:], parts[0](x))
+    arguments, dtype, backend = found
+    return ops.stem_inference(x, *arguments, dtype=dtype, backend=backend)
+
+
+def prepared_stem(parts: Sequence[nn.Module], x: Tensor) -> Prepared | None:
+    """What makes :func:`stem` of x, and of tensors like it, without autograd; ``None`` for no such."""
+    found = _stem(parts, x)
+    if found is None:
+        return None
+    arguments, dtype, backend = found
+    prepare = backends.preparation(backend, "stem_inference")
+    checks.check_stem(x, *arguments)
+    return prepare and prepare(*arguments, x_dtype=x.dtype, dtype=dtype)
+
+
+StemArguments = tuple[Norm, Tensor, tuple[int, ...], tuple[int, ...]]
+
+
+def stem_arguments(parts: Sequence[nn.Module]) -> StemArguments | None:
+    """Of ``ops.stem_inference``, after x; ``None`` where it would not reproduce the parts."""
+    conv, norm = cast(Conv, parts[0]), cast(BatchNorm, parts[1])
+    running = running_norm(norm)
+    if unusual_stem(conv) or any(map(unusual, parts[1:])) or running is None:
+        return None
+    weight = parameter(conv, "weight")
+    if len(weight) != len(running.weight) or weight.dim() != DIMS[type(parts[-1])]:
+        return None  # stock PyTorch raises its error
+    return running, weight, conv.stride, cast(tuple[int, ...], conv.padding)
+
+
+def _stem(parts: Sequence[nn.Module], x: Tensor) -> tuple[StemArguments, torch.dtype, str] | None:
+    """The same, with the dtype and backend for x, where that has such an op."""
+    conv, norm = cast(Conv, parts[0]), cast(BatchNorm, parts[1])
+    arguments, backend = stem_arguments(parts), _fast_backend(conv, x)
+    if arguments is None or backend is None or backends.preparation(backend, "stem_inference") is None:
+        return None
+    running, weight, stride, padding = arguments
+    if not _stock_computes(x, norm, conv) or x.shape[1] != weight.shape[1] or not _are_plain(*running[:4], weight):
+        return None
+    if min(conv_sizes(x.shape[2:], weight.shape[2:], stride, padding)) < 1:
+        return None
+    return arguments, _conv_dtype(x, weight), backend
+
+
 def prepared_stem_tail(parts: Sequence[nn.Module], x: Tensor) -> Prepared | None:
     """What makes :func:`stem_tail` of x, and of tensors like it, without autograd; ``None`` for no such."""
-    running, backend = running_norm(cast(BatchNorm, parts[0])), _backend_of(parts, x)
-    prepare = None if backend is None else backends.preparation(backend, "stem_tail")
-    if prepare is None or running is None:
-        return None
-    checks.check_norm("stem_tail", x, running)
-    return prepare(running, x_dtype=x.dtype)
+    return _prepared_from_norm("stem_tail", parts, x)
 
 
 def head(norm: BatchNorm, x: Tensor, stats: BatchStats | None) -> Tensor:
@@ -495,6 +542,25 @@ def head(norm: BatchNorm, x: Tensor, stats: BatchStats | None) -> Tensor:
     if backend is None:
         return reference.global_avg_pool(F.relu(norm(x), inplace=True))
     return ops.head(x, norm_for(norm, x, stats, backend), backend=backend)
+
+
+def prepared_head(norm: BatchNorm, x: Tensor) -> Prepared | None:
+    """What makes :func:`head` of x, and of tensors like it, without autograd; ``None`` for no such."""
+    return _prepared_from_norm("head", [norm], x)
+
+
+def _prepared_from_norm(op: str, parts: Sequence[nn.Module], x: Tensor) -> Prepared | None:
+    running, backend = running_norm(cast(BatchNorm, parts[0])), _backend_of(parts, x)
+    prepare = None if backend is None else backends.preparation(backend, op)
+    if prepare is None or running is None or not _are_plain(*running[:4]):
+        return None
+    checks.check_norm(op, x, running)
+    return prepare(running, x_dtype=x.dtype)
+
+
+def _are_plain(*tensors: Tensor) -> bool:
+    """Whether kernels may read them: they are of no class of tensors with a memory of its own."""
+    return {*map(type, tensors)} <= {Tensor, nn.Parameter}
 
 
 def _backend_of(parts: Sequence[nn.Module], x: Tensor) -> str | None:

@@ -1,4 +1,4 @@
-"""The ops: schemas, fakes, autograd. One functional op a block, transition, stem tail and head.
+"""The ops: schemas, fakes, autograd. One functional op a block, transition, stem tail and head, and a whole stem.
 
 Tensors in, fresh tensors out: nothing is mutated and no output aliases an input, so autograd, functionalisation
 and CUDA graphs see ordinary ops. The shared buffer is allocated and written inside, below their sight.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,9 @@ from .kernels.contract import (
     DenseLayers,
     Norm,
     accumulator_dtype,
+    conv_sizes,
     empty_channels_last,
+    in_channels_last,
 )
 from .kernels.group import Group
 
@@ -59,6 +61,8 @@ _SCHEMAS = {
     "stem_tail": f"(Tensor x, {_NORM}, *, {_NORM_OPTIONS}, str backend) -> Tensor",
     "stem_tail_backward": f"(Tensor grad_out, Tensor x, {_NORM}, *, {_NORM_OPTIONS}, str backend)"
     " -> (Tensor, Tensor, Tensor)",
+    "stem_inference": f"(Tensor x, {_NORM}, Tensor conv_weight, *, {_NORM_OPTIONS}, int[] stride, int[] padding,"
+    " ScalarType dtype, str backend) -> Tensor",
     "head": f"(Tensor x, {_NORM}, *, {_NORM_OPTIONS}, str backend) -> Tensor",
     "head_backward": f"(Tensor grad_out, Tensor x, {_NORM}, *, {_NORM_OPTIONS}, str backend)"
     " -> (Tensor, Tensor, Tensor)",
@@ -139,6 +143,29 @@ def stem_tail(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
     """
     checks.check_norm("stem_tail", x, norm)
     return _call("stem_tail", x, *norm[:4], **_options(norm), backend=backend)
+
+
+def stem_inference(
+    x: Tensor,
+    norm: Norm,
+    conv_weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """conv-norm-ReLU-maxpool3x3/2 of sequences or images with running statistics, without autograd.
+
+    [N, C, *spatial], [C', C, *kernel] -> [N, C', *ceil(size' / 2)] of ``dtype``, dense channels-last, where the
+    convolution makes sizes'.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or an image smaller than the kernel.
+    """
+    checks.check_stem(x, norm, conv_weight, stride, padding)
+    options = dict(stride=list(stride), padding=list(padding), dtype=dtype, backend=backend)
+    return _call("stem_inference", x, *norm[:4], conv_weight, **_options(norm), **options)
 
 
 def head(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
@@ -280,6 +307,18 @@ def _stem_tail_backward(kernels: Any, grad_out: Tensor, x: Tensor, *norm: Tensor
     return tuple(kernels.stem_tail_backward(grad_out, x, Norm(*norm, **options)))
 
 
+@_implement("stem_inference")
+def _stem_inference(
+    kernels: Any, x: Tensor, *args: Tensor, stride: list[int], padding: list[int], dtype: torch.dtype, **options: Any
+) -> Any:
+    *norm, weight = args
+    if hasattr(kernels, "stem_inference"):
+        return kernels.stem_inference(x, Norm(*norm, **options), weight, stride, padding, dtype)
+    one, zero = [1] * len(stride), [0] * len(stride)
+    y = torch.convolution(x.to(dtype), weight.to(dtype), None, stride, padding, one, False, zero, 1)
+    return kernels.stem_tail(in_channels_last(y), Norm(*norm, **options))
+
+
 @_implement("head")
 def _head(kernels: Any, x: Tensor, *norm: Tensor, **options: Any) -> Any:
     return kernels.head(x, Norm(*norm, **options))
@@ -371,6 +410,13 @@ def _(x: Tensor, *args: Tensor, dtype: torch.dtype, **options: Any) -> Any:
 def _(x: Tensor, *norm: Tensor, **options: Any) -> Any:
     n, c, *spatial = x.shape
     return empty_channels_last((n, c, *((size + 1) // 2 for size in spatial)), x.dtype, x.device)
+
+
+@torch.library.register_fake("fastdense::stem_inference")
+def _(x: Tensor, *args: Tensor, stride: list[int], padding: list[int], dtype: torch.dtype, **options: Any) -> Any:
+    weight = args[-1]
+    sizes = conv_sizes(x.shape[2:], weight.shape[2:], stride, padding)
+    return empty_channels_last((len(x), len(weight), *((size + 1) // 2 for size in sizes)), dtype, x.device)
 
 
 @torch.library.register_fake("fastdense::head")
@@ -542,5 +588,5 @@ def _refuse_gradient(name: str) -> None:
 
 
 for _name in _SCHEMAS:
-    if _name.endswith("_backward") or _name in ("dense_block_inference", "channel_stats"):
+    if _name.endswith("_backward") or _name in ("dense_block_inference", "stem_inference", "channel_stats"):
         _refuse_gradient(_name)

@@ -88,6 +88,18 @@ def _unlike_stock(module: nn.Module) -> str | None:
     return own_hooks(module)
 
 
+def unusual_stem(conv: nn.Module) -> str | None:
+    """Why the ops would not reproduce the first convolution of a network, of any kernel, or ``None``."""
+    if type(conv) not in (nn.Conv1d, nn.Conv2d):
+        return f"it is a {type(conv).__name__}"
+    state = conv.__dict__
+    if state["groups"] != 1 or set(state["dilation"]) != {1} or isinstance(state["padding"], str):
+        return "it has groups, a dilation or a padding by name"
+    if state["padding_mode"] != "zeros":
+        return f"its padding_mode is {state['padding_mode']}"
+    return "it has a bias" if parameter(conv, "bias") is not None else hooked(conv)
+
+
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = ((nn.AvgPool1d, nn.MaxPool1d), (nn.AvgPool2d, nn.MaxPool2d), (nn.AvgPool3d, nn.MaxPool3d))
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -18,7 +18,7 @@ A backend is a module with the functions
 - ``channel_stats``
 - ``dense_block``, ``dense_block_backward``, ``dense_block_inference``
 - ``transition``, ``transition_backward``
-- ``stem_tail``, ``stem_tail_backward``
+- ``stem_tail``, ``stem_tail_backward``, and optionally ``stem_inference``
 - ``head``, ``head_backward``
 
 taking and returning the types below. Every function is pure: it changes no argument and returns fresh
@@ -44,8 +44,11 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 def empty_channels_last(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """[N, C, *spatial] uninitialised, dense with channels innermost and not a view: users may write to it in place.
 
-    Of images and volumes that is PyTorch's channels_last and channels_last_3d; of sequences it has no name there.
+    Of images and volumes that is PyTorch's channels_last and channels_last_3d; of sequences it has no name there, and
+    of [N, C] there is no other.
     """
+    if len(shape) == 2:
+        return torch.empty(shape, dtype=dtype, device=device)
     if len(shape) == 3:
         n, channels, length = shape
         return torch.empty_strided((n, channels, length), (channels * length, 1, channels), dtype=dtype, device=device)
@@ -57,6 +60,13 @@ def in_channels_last(x: Tensor) -> Tensor:
     """[N, C, *spatial] in that memory: x itself where it is so already."""
     by_pixels = x.movedim(1, -1)
     return x if by_pixels.is_contiguous() else by_pixels.contiguous().movedim(-1, 1)
+
+
+def conv_sizes(
+    spatial: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> list[int]:
+    """What a convolution without dilation makes of the spatial dimensions."""
+    return [(size + 2 * p - k) // s + 1 for size, k, s, p in zip(spatial, kernel, stride, padding, strict=True)]
 
 
 class ChannelStats(NamedTuple):

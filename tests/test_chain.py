@@ -28,7 +28,7 @@ ARGUMENTS = dict(growth_rate=4, block_config=(3, 3), num_init_features=8, bn_siz
 
 @pytest.fixture
 def net(twins: Any) -> Any:
-    """In evaluation, of a stem's tail, two blocks and a transition."""
+    """In evaluation, of a stem, two blocks, a transition and a head."""
     with fastdense.use_backend("cpu"):
         yield twins("net", **ARGUMENTS, seed=1)[0].eval()
 
@@ -63,7 +63,7 @@ def outcome(run: Callable[[], Tensor]) -> Tensor | str:
 def test_all_stages_in_one_call(net: Any, x: Tensor, runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = afresh(net, x)
     assert torch.equal(warm(net, x), expected)
-    assert runs == [4, 4, 4]
+    assert runs == [5, 5, 5]
     kept = net.features._ready
     for name in ("prepared", "forward", "read"):
         monkeypatch.setattr(Fused, name, None)
@@ -81,7 +81,7 @@ def test_inputs_of_every_kind(net: Any, randn: Any, dtype: torch.dtype, runs: li
     for autocast in {torch.bfloat16, torch.float16} if dtype == torch.float32 else ():
         with torch.autocast("cpu", autocast):
             assert torch.equal(warm(net, x), afresh(net, x))
-    assert set(runs) == {4}
+    assert set(runs) == {5}
     with torch.inference_mode():
         assert net(x[:0]).shape == (0, 5)
 
@@ -125,7 +125,7 @@ def test_sequences_and_volumes(twins: Any, randn: Any, spatial_dims: int, runs: 
     x = randn(2, 3, *[34, 40, 36][:spatial_dims])
     with fastdense.use_backend("cpu"):
         assert torch.equal(warm(net.eval(), x), afresh(net, x))
-    assert runs == [4, 4, 4]
+    assert runs == [5, 5, 5]
 
 
 def test_too_small_an_image_is_the_same_error(net: Any, x: Tensor) -> None:
@@ -246,7 +246,7 @@ def test_a_change_of_a_stage_is_seen_at_once(net: Any, x: Tensor, change: Callab
 def test_what_stops_a_chain_is_gone_again(net: Any, x: Tensor, runs: list[int]) -> None:
     """A hook on a stage, or within one."""
     expected = warm(net, x)
-    for module, lengths in ((net.features.transition1, [2, 0, 1]), (net.features.denseblock1.denselayer1, [1, 0, 2])):
+    for module, lengths in ((net.features.transition1, [2, 0, 2]), (net.features.denseblock1.denselayer1, [1, 0, 3])):
         handle = module.register_forward_hook(lambda *_: None)
         runs.clear()
         torch.testing.assert_close(warm(net, x), expected)
@@ -255,7 +255,7 @@ def test_what_stops_a_chain_is_gone_again(net: Any, x: Tensor, runs: list[int]) 
         warm(net, x)
         runs.clear()
         assert torch.equal(warm(net, x), expected)
-        assert runs == [4, 4, 4]
+        assert runs == [5, 5, 5]
 
 
 def test_a_stage_that_exchanges_a_part_of_a_later_one(net: Any, x: Tensor) -> None:
@@ -280,7 +280,28 @@ def test_hooks_on_other_stages_fire(net: Any, x: Tensor, runs: list[int]) -> Non
     kept = net.features._ready
     warm(net, x)
     assert net.features._ready is kept
-    assert set(runs) == {4}
+    assert set(runs) == {0, 3}  # neither stem nor head
+
+
+class Reversed(Tensor):
+    """Whoever reads its memory reads it backwards."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args = [arg.as_subclass(Tensor).flip(0) if isinstance(arg, Reversed) else arg for arg in args]
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(("stage", "name"), [("conv0", "weight"), ("norm0", "bias"), ("norm5", "weight")])
+@torch.inference_mode()
+def test_tensors_of_other_classes_are_not_read(net: Any, x: Tensor, stage: str, name: str) -> None:
+    expected = net(x)
+    module = net.features.get_submodule(stage)
+    tensor = getattr(module, name)
+    delattr(module, name)
+    setattr(module, name, tensor.detach().flip(0).as_subclass(Reversed))
+    for _ in range(3):
+        torch.testing.assert_close(net(x), expected)
 
 
 def test_gradients_flow(net: Any, x: Tensor) -> None:
@@ -302,7 +323,7 @@ def test_training_without_autograd_has_no_chain(net: Any, x: Tensor, runs: list[
 
 def test_whoever_watches_sees_the_ops(net: Any, x: Tensor, op_calls: Any) -> None:
     expected = warm(net, x)
-    names = ["stem_tail", "dense_block_inference", "transition", "dense_block_inference", "head"]
+    names = ["stem_inference", "dense_block_inference", "transition", "dense_block_inference", "head"]
     with torch.inference_mode():
         for watched in (net, fastdense.freeze(net)):
             assert torch.equal(warm(watched, x), expected)
@@ -328,7 +349,7 @@ def test_frozen_stages_are_not_looked_at(net: Any, x: Tensor, runs: list[int], m
         monkeypatch.setattr(Frozen, name, None)
     monkeypatch.setattr(backends.kernels("cpu").PreparedBlock, "is_current", None)
     assert torch.equal(warm(frozen, x), expected)
-    assert runs == 6 * [4]
+    assert runs == 6 * [5]
     monkeypatch.undo()
     moved = frozen.to(torch.bfloat16)
     x = x.bfloat16()

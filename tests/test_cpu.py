@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 import fastdense
 from fastdense.kernels import cpu
 from fastdense.kernels.cpu import library, packing
+from fastdense.stages import FastSequential
 
 pytestmark = pytest.mark.filterwarnings("error::fastdense.FallbackWarning")
 
@@ -228,6 +230,69 @@ def test_transition_of_equal_slices_is_that_of_one(compiled, precision, twins, r
 def test_stem_tail_and_head(kernels, shape, precision, twins, randn, check):
     pair = twins("tails", shape[1], spatial_dims=len(shape) - 2)
     check(pair, [randn(*shape, seed=seed) for seed in range(3)], precision)
+
+
+STEMS = {  # the convolution; the images
+    "7x7": (dict(out_channels=64, kernel_size=7, stride=2, padding=3), (2, 3, 64, 50)),
+    "7x7, grey, odd": (dict(out_channels=24, kernel_size=7, stride=2, padding=3), (3, 1, 33, 31)),
+    "7x7, many channels": (dict(out_channels=16, kernel_size=7, stride=2, padding=3), (1, 37, 9, 8)),
+    "7x7, one pixel": (dict(out_channels=13, kernel_size=7, stride=2, padding=3), (5, 3, 1, 1)),
+    "3x3, wide": (dict(out_channels=48, kernel_size=3, stride=1, padding=1), (1, 4, 5, 140)),
+    "3x5, no padding": (dict(out_channels=33, kernel_size=(3, 5), stride=(1, 3), padding=(1, 0)), (2, 5, 9, 17)),
+    "1x1, apart": (dict(out_channels=8, kernel_size=1, stride=(3, 2)), (2, 2, 7, 8)),
+    "sequences": (dict(out_channels=40, kernel_size=7, stride=2, padding=3), (2, 3, 301)),
+}
+
+
+def features_of(pair: tuple[nn.Module, nn.Module]) -> tuple[nn.Module, nn.Module]:
+    """Of two networks in evaluation."""
+    fast, stock = (net.eval().features for net in pair)
+    return FastSequential(OrderedDict(fast.named_children())), stock
+
+
+@each_kernel
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("geometry", STEMS)
+def test_stem(kernels, geometry, precision, twins, randn, assert_parity):
+    arguments, shape = STEMS[geometry]
+    dims, channels = len(shape) - 2, arguments["out_channels"]
+    pair = features_of(twins("net", 4, (), channels, spatial_dims=dims))
+    for features in pair:
+        torch.manual_seed(0)
+        features.conv0 = (nn.Conv2d if dims == 2 else nn.Conv1d)(shape[1], bias=False, **arguments)
+    assert_parity(*pair, [randn(*shape, seed=seed) for seed in range(3)], **PRECISIONS[precision], backward=False)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@torch.inference_mode()
+def test_stem_of_any_layout(compiled, precision, twins, randn, op_calls):
+    """Weights and images, planar or by pixels, of another image's memory or not."""
+    dtype, autocast = PRECISIONS[precision]["dtype"], PRECISIONS[precision].get("autocast", False)
+    net = twins("net", 4, (), 20)[0].eval()
+    net, x = (net, randn(3, 3, 34, 35)) if autocast else (net.to(dtype), randn(3, 3, 34, 35, dtype=dtype))
+    by_pixels, strided = x.to(memory_format=torch.channels_last), x.mT.contiguous().mT
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        with op_calls() as calls:
+            expected = net(x)
+        assert calls[0][0].name() == "fastdense::stem_inference"
+        for _ in range(2):
+            for same in (x, by_pixels, strided, torch.cat([x, x])[3:]):
+                assert torch.equal(net(same), expected)
+            net.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_stem_of_what_is_not_finite(compiled, value, dtype, twins, randn):
+    """It reaches the pixels whose windows it is in, and no neighbour."""
+    fast, stock = (features.to(dtype) for features in features_of(twins("net", 4, (), 20)))
+    x = randn(2, 3, 40, 50, dtype=dtype)
+    x[1, 0, 21, 24] = value
+    found, expected = fast(x), stock(x)
+    for same in (torch.isnan, torch.isposinf):
+        assert torch.equal(same(found), same(expected))
+    assert 0 < (~expected.isfinite()).sum() < expected[1].numel() / 8
 
 
 @each_kernel
@@ -593,6 +658,13 @@ for isa, found in library.offered(Path(sys.argv[1])).items():
             if min(shape[2:]) > 4:
                 others += [fastdense.FastDenseNet(4, (1, 2), c, 2, num_classes=1, **dims)]
                 others[-1].features.conv0 = torch.nn.Identity()
+            if len(shape) < 5:
+                stem = fastdense.FastDenseNet(4, (1,), 9, 2, num_classes=1, in_channels=c, **dims).to(dtype).eval()
+                x = torch.randn(shape).to(dtype)
+                with fastdense.use_backend("cpu"), torch.autocast("cpu", autocast, enabled=autocast is not None):
+                    with torch.inference_mode():
+                        for layout in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
+                            assert stem(layout).isfinite().all()
             for module in (*blocks, tails, *others):
                 x = torch.randn(shape).to(dtype)
                 with fastdense.use_backend("cpu"), torch.autocast("cpu", autocast, enabled=autocast is not None):

@@ -162,5 +162,17 @@ def test_wrong_shapes():
         ops.transition(x, norm, torch.ones(2, 4, 1, 1), dtype=torch.float32, backend="torch")
     with pytest.raises(ValueError, match="transition: spatial dimensions must be at least 2"):
         ops.transition(x[:, :, :1], norm, torch.ones(2, 3, 1, 1), dtype=torch.float32, backend="torch")
+    stem = dict(stride=[2, 2], padding=[0, 0], dtype=torch.float32, backend="torch")
+    for weight, message in (
+        (torch.ones(3, 2, 1, 1), r"conv_weight must be \[C', 3, \*kernel\] for x .*, got shape \[3, 2, 1, 1\]"),
+        (torch.ones(2, 3, 1, 1), r"norm weight must be \[2\] like the outputs of conv_weight .*, got shape \[3\]"),
+        (torch.ones(3, 3, 5, 1), r"x .* is smaller than the kernel \[5, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=f"stem_inference: {message}"):
+            ops.stem_inference(x, norm, weight, **stem)
+    with pytest.raises(ValueError, match=r"stem_inference: stride must have 2 values, got \[2\]"):
+        ops.stem_inference(x, norm, torch.ones(3, 3, 1, 1), **{**stem, "stride": [2]})
+    with pytest.raises(ValueError, match=r"stem_inference: x must be \[N, C, H, W\] or \[N, C, L\]"):
+        ops.stem_inference(x[..., None], norm, torch.ones(3, 3, 1, 1, 1), **stem)
     with pytest.raises(ValueError, match=r"head: norm weight must be \[2\] like the channels of x"):
         ops.head(x[:, :2], norm, backend="torch")

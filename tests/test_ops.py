@@ -14,7 +14,7 @@ from fastdense import FastDenseNet
 pytestmark = pytest.mark.filterwarnings("error::fastdense.FallbackWarning")
 
 DIFFERENTIABLE = {"dense_block", "transition", "stem_tail", "head"}
-OTHERS = {f"{op}_backward" for op in DIFFERENTIABLE} | {"dense_block_inference", "channel_stats"}
+OTHERS = {f"{op}_backward" for op in DIFFERENTIABLE} | {"dense_block_inference", "stem_inference", "channel_stats"}
 
 SITUATIONS: dict[str, dict[str, Any]] = {
     "train": {},

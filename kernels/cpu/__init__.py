@@ -6,6 +6,7 @@ See :mod:`fastdense.kernels.contract` for what the functions compute.
 from .chain import PreparedChain
 from .dense_block import PreparedBlock, dense_block, dense_block_backward, dense_block_inference
 from .pointwise import (
+    PreparedHead,
     PreparedStemTail,
     PreparedTransition,
     channel_stats,
@@ -16,11 +17,14 @@ from .pointwise import (
     transition,
     transition_backward,
 )
+from .stem import PreparedStem, stem_inference
 
 PREPARED = {
     "dense_block_inference": PreparedBlock,
     "transition": PreparedTransition,
+    "stem_inference": PreparedStem,
     "stem_tail": PreparedStemTail,
+    "head": PreparedHead,
     "chain": PreparedChain,
 }
 
@@ -32,6 +36,7 @@ __all__ = [
     "dense_block_inference",
     "head",
     "head_backward",
+    "stem_inference",
     "stem_tail",
     "stem_tail_backward",
     "transition",

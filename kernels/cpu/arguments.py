@@ -40,10 +40,13 @@ def spatial(sizes: Sequence[int]) -> dict[str, int]:
     return dict(zip(("depth", "height", "width"), _in_three_dimensions(sizes), strict=True))
 
 
-def run_on(library: Library, name: str, args: Structure, x: Tensor, out: Tensor) -> None:
-    """A kernel that makes ``out`` of x, dense pixels. ``args`` has the rest and stays as it is, for other threads."""
+def run_on(library: Library, name: str, args: Structure, x: Tensor, out: Tensor, planar: bool = False) -> None:
+    """A kernel that makes ``out`` of x, dense pixels. ``args`` has the rest and stays as it is, for other threads.
+
+    ``planar``: x has its channels outermost, for a kernel that takes such.
+    """
     args = type(args).from_buffer_copy(args)
-    for field, value in extents(x).items():
+    for field, value in (extents(x) | (dict(planar=1) if planar else {})).items():
         setattr(args, field, value)
     args.x, args.out = x.data_ptr(), out.data_ptr()  # type: ignore[attr-defined]
     library.run(name, args)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..contract import empty_channels_last
-from .arguments import pixels, spatial
+from .arguments import spatial
 from .library import ChainArgs, StageArgs
 from .packing import Prepared
 from .seen import SeenTogether
 
-_KINDS = {"stem_tail": 0, "dense_block": 1, "transition": 2}
-"""Of kernels, as in ``src/abi.h``."""
+_KINDS = {name: kind for kind, name in enumerate(("stem", "stem_tail", "dense_block", "transition", "head"))}
+"""Of kernels, as ``StageKind`` of ``src/abi.h``."""
 
 
 ROOM = 16 << 20
@@ -46,6 +46,7 @@ class _Bound(NamedTuple):
     """All stages' arguments for images of one shape."""
 
     shape: tuple[int, ...]  # [C, *spatial]
+    planar: bool
     out_shape: tuple[int, ...]  # of the last
     room: Room
     stages: ctypes.Array[StageArgs]
@@ -84,11 +85,11 @@ class PreparedChain:
             for stage in self._stages:
                 x = stage(x)
             return x
-        bound = self._bound
-        if bound is None or bound.shape != x.shape[1:]:
-            bound = self._bound = self._bind(tuple(x.shape[1:]))
         first = self._stages[0]
-        source = pixels(x, first.in_dtype)
+        source = first.source(x)
+        planar, bound = first.is_planar(source), self._bound
+        if bound is None or bound.shape != x.shape[1:] or bound.planar != planar:
+            bound = self._bound = self._bind(tuple(x.shape[1:]), planar)
         out = empty_channels_last((len(x), *bound.out_shape), self.out_dtype, x.device)
         args = ChainArgs(
             images=len(x),
@@ -104,7 +105,7 @@ class PreparedChain:
         first.library.run("chain", args)
         return out
 
-    def _bind(self, shape: tuple[int, ...]) -> _Bound:
+    def _bind(self, shape: tuple[int, ...], planar: bool) -> _Bound:
         stages, kept, out_shape = (StageArgs * len(self._stages))(), [], shape
         for target, stage in zip(stages, self._stages, strict=True):
             args = type(stage.args).from_buffer_copy(stage.args)
@@ -114,4 +115,6 @@ class PreparedChain:
             out_shape = stage.output_shape((1, *out_shape))[1:]
             target.kind, target.args = _KINDS[stage.kernel], ctypes.addressof(args)
             target.out_bytes = math.prod(out_shape) * stage.out_dtype.itemsize
-        return _Bound(shape, out_shape, Room.between([stage.out_bytes for stage in stages]), stages, kept)
+        if planar:
+            kept[0].planar = planar
+        return _Bound(shape, planar, out_shape, Room.between([stage.out_bytes for stage in stages]), stages, kept)

@@ -98,6 +98,19 @@ class PoolArgs(Structure):
     )
 
 
+class StemArgs(Structure):
+    """As in ``src/abi.h``."""
+
+    _fields_ = _fields(
+        (c_int64, "images depth height width channels out_channels"),
+        (c_int64, "kernel_h kernel_w stride_h stride_w padding_h padding_w"),
+        (c_void_p, "x out"),
+        (NormArgs, "norm"),
+        (c_void_p, "conv"),
+        (c_int32, "planar store compute norm_dtype threads"),
+    )
+
+
 class StageArgs(Structure):
     """``Stage`` of ``src/abi.h``."""
 
@@ -186,6 +199,7 @@ _KERNELS: dict[str, type[Structure]] = {
     "chain": ChainArgs,
     "dense_block": DenseBlockArgs,
     "transition": TransitionArgs,
+    "stem": StemArgs,
     "stem_tail": PoolArgs,
     "head": PoolArgs,
     "channel_stats": StatsArgs,

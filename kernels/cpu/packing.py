@@ -27,13 +27,18 @@ class _Packed(NamedTuple):
     memory: Tensor
 
 
-_packed: dict[tuple[str, torch.dtype], dict[int, _Packed]] = {}
-"""By instruction set and the dtype that results are rounded to: a weight's id -> its packed form."""
+_packed: dict[tuple[str, torch.dtype, bool], dict[int, _Packed]] = {}
+"""By instruction set, the dtype that results are rounded to, and whether as one matrix: a weight's id -> its form."""
 
 
-def packed(library: Library, weights: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[int]]:
-    """Each weight as the kernels read it, packed now only where it has changed; and their fingerprints."""
-    known = _packed.setdefault((library.isa, dtype), {})
+def packed(
+    library: Library, weights: list[Tensor], dtype: torch.dtype, as_matrix: bool
+) -> tuple[list[Tensor], list[int]]:
+    """Each weight as the kernels read it, packed now only where it has changed; and their fingerprints.
+
+    ``as_matrix``: a weight's taps and inputs as one, [K, taps * C].
+    """
+    known = _packed.setdefault((library.isa, dtype, as_matrix), {})
     dense = [_dense(w) for w in weights]
     fingerprints = library.fingerprints(dense)
     states = [(mark, w.shape, w.stride(), w.dtype) for mark, w in zip(fingerprints, dense, strict=True)]
@@ -44,7 +49,8 @@ def packed(library: Library, weights: list[Tensor], dtype: torch.dtype) -> tuple
         if entry is None or entry.weight() is not weight or entry.state != state
     ]
     if stale:
-        for i, memory in zip(stale, library.pack(Weights([dense[i] for i in stale]).array, dtype), strict=True):
+        sources = Weights([dense[i].movedim(1, -1).flatten(1) if as_matrix else dense[i] for i in stale])
+        for i, memory in zip(stale, library.pack(sources.array, dtype), strict=True):
             weight = weights[i]
             reference = weakref.ref(weight, functools.partial(_forget, known, id(weight)))
             entries[i] = known[id(weight)] = _Packed(reference, states[i], memory)
@@ -71,6 +77,7 @@ class Prepared:
 
     Args:
         changeable: whether anyone will ask if it is current.
+        as_matrix: how the weights are packed.
 
     Attributes:
         in_dtype, out_dtype: of x as the kernel reads it, and of what it makes.
@@ -82,9 +89,11 @@ class Prepared:
     out_dtype: torch.dtype
     args: Structure
 
-    def __init__(self, norms: Norms, weights: list[Tensor], dtype: torch.dtype, changeable: bool):
+    def __init__(
+        self, norms: Norms, weights: list[Tensor], dtype: torch.dtype, changeable: bool, as_matrix: bool = False
+    ):
         self.library, self.norms = loaded(), norms
-        self.packed, fingerprints = packed(self.library, weights, dtype)
+        self.packed, fingerprints = packed(self.library, weights, dtype, as_matrix)
         can_be_seen = changeable and norms.are_in_place() and all(_dense(weight) is weight for weight in weights)
         self.seen = Seen(self.library, norms.given, weights, fingerprints) if can_be_seen else None
 
@@ -96,8 +105,17 @@ class Prepared:
         """Of x of ``shape``."""
         raise NotImplementedError
 
+    def source(self, x: Tensor) -> Tensor:
+        """x as the kernel reads it, dense."""
+        return pixels(x, self.in_dtype)
+
+    def is_planar(self, source: Tensor) -> bool:
+        """Whether a source has its channels outermost."""
+        return False
+
     def __call__(self, x: Tensor) -> Tensor:
         """From any thread."""
+        source = self.source(x)
         out = empty_channels_last(self.output_shape(x.shape), self.out_dtype, x.device)
-        run_on(self.library, self.kernel, self.args, pixels(x, self.in_dtype), out)
+        run_on(self.library, self.kernel, self.args, source, out, self.is_planar(source))
         return out

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..contract import ChannelStats, Norm, NormGrads, TransitionGrads, empty_channels_last
 from ..group import join
 from ..portable.batch_norm import cast, laid_out_as
-from .arguments import Norms, Shares, Weights, extents, loaded, pixels, run_on
+from .arguments import Norms, Shares, Weights, extents, loaded, pixels
 from .library import DTYPES, PointwiseGradArgs, PoolArgs, StatsArgs, TransitionArgs
 from .packing import Prepared
 
@@ -65,13 +65,30 @@ class PreparedStemTail(Prepared):
     def __init__(self, norm: Norm, x_dtype: torch.dtype, changeable: bool = True):
         super().__init__(Norms.of([norm]), [], x_dtype, changeable)
         self.in_dtype = self.out_dtype = x_dtype
-        self.args = PoolArgs(
-            channels=len(norm.weight), norm=self.norms.array[0], store=DTYPES[x_dtype], norm_dtype=self.norms.dtype
-        )
+        self.args = _pool_args(self.norms, len(norm.weight), x_dtype)
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """[N, C, *spatial] -> [N, C, *ceil(size / 2)]."""
         return (*shape[:2], *((size + 1) // 2 for size in shape[2:]))
+
+
+class PreparedHead(Prepared):
+    """A head at given statistics, ready to be called with x of ``x_dtype``."""
+
+    kernel = "head"
+
+    def __init__(self, norm: Norm, x_dtype: torch.dtype, changeable: bool = True):
+        super().__init__(Norms.of([norm]), [], x_dtype, changeable)
+        self.in_dtype = self.out_dtype = x_dtype
+        self.args = _pool_args(self.norms, len(norm.weight), x_dtype)
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """[N, C, *spatial] -> [N, C], or [N, 0] where there are no pixels."""
+        return (shape[0], shape[1] if min(shape[2:]) > 0 else 0)
+
+
+def _pool_args(norms: Norms, channels: int, store: torch.dtype) -> PoolArgs:
+    return PoolArgs(channels=channels, norm=norms.array[0], store=DTYPES[store], norm_dtype=norms.dtype)
 
 
 def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -86,10 +103,7 @@ def stem_tail(x: Tensor, norm: Norm) -> Tensor:
 
 def head(x: Tensor, norm: Norm) -> Tensor:
     """[N, C, *spatial] -> [N, C], of x's dtype."""
-    norms, out = Norms.of([norm]), x.new_empty(x.shape[:2])
-    args = PoolArgs(channels=x.shape[1], norm=norms.array[0], store=DTYPES[x.dtype], norm_dtype=norms.dtype)
-    run_on(loaded(), "head", args, pixels(x, x.dtype), out)
-    return out
+    return PreparedHead(norm, x.dtype, changeable=False)(x)
 
 
 def transition_backward(

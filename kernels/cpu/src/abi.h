@@ -69,13 +69,24 @@ struct PoolArgs {
   int32_t store, norm_dtype, threads;
 };
 
+// A stem of images or sequences at given statistics: its convolution, norm, ReLU and pool.
+struct StemArgs {
+  int64_t images, depth, height, width, channels, out_channels;  // depth 1
+  int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;
+  const void* x;       // [M, C], of `store`; planar [N, C, pixels of an image]
+  void* out;           // [pooled pixels, C'], of `compute`
+  Norm norm;
+  const void* conv;    // packed, [kernel_h * kernel_w * C, C']
+  int32_t planar, store, compute, norm_dtype, threads;
+};
+
 // Stages at inference, each of what the one before made. They begin with the images, depth, height and width of x.
 struct Stage {
   int32_t kind;
   const void* args;   // the kind's, but for images, x, out and threads
   int64_t out_bytes;  // of an image
 };
-enum StageKind : int32_t { kStemTail = 0, kDenseBlock = 1, kTransition = 2 };
+enum StageKind : int32_t { kStem, kStemTail, kDenseBlock, kTransition, kHead };
 
 struct ChainArgs {
   int64_t images, group;    // that go through all stages together
@@ -175,6 +186,7 @@ struct Kernels {
   void (*pack)(const Weight&, int32_t compute, void* packed);
   void (*dense_block)(const DenseBlockArgs&, ParallelFor);
   void (*transition)(const TransitionArgs&, ParallelFor);
+  void (*stem)(const StemArgs&, ParallelFor);
   void (*stem_tail)(const PoolArgs&, ParallelFor);
   void (*head)(const PoolArgs&, ParallelFor);
   void (*channel_stats)(const StatsArgs&, ParallelFor);

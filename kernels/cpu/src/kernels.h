@@ -9,6 +9,7 @@
 #include "conv3x3.h"
 #include "dense_block.h"
 #include "pointwise.h"
+#include "stem.h"
 #include "pointwise_backward.h"
 #include "training.h"
 
@@ -57,6 +58,12 @@ inline const Kernels* kernels() {
             using Round = std::remove_pointer_t<decltype(round)>;
             transition<std::remove_pointer_t<decltype(store)>, Round, WordFor<Round>>(p, parallel_for);
           });
+        });
+      },
+      [](const StemArgs& p, ParallelFor parallel_for) {
+        with_element_type(p.compute, [&](auto* round) {
+          using Round = std::remove_pointer_t<decltype(round)>;
+          Stem<Round, WordFor<Round>>(p, parallel_for).run();
         });
       },
       [](const PoolArgs& p, ParallelFor parallel_for) {

@@ -101,9 +101,13 @@ void run_chain(const Kernels& kernels, const ChainArgs& p, ParallelFor parallel_
       const Stage& stage = p.stage[i];
       void* const out = i + 1 < p.stages ? room[i % 2] : static_cast<char*>(p.out) + first * stage.out_bytes;
       const auto run = [&](auto* kernel) { run_stage(kernel, stage, images, x, out, p.threads, parallel_for); };
-      if (stage.kind == kStemTail) run(kernels.stem_tail);
-      else if (stage.kind == kDenseBlock) run(kernels.dense_block);
-      else run(kernels.transition);
+      switch (stage.kind) {
+        case kStem: run(kernels.stem); break;
+        case kStemTail: run(kernels.stem_tail); break;
+        case kDenseBlock: run(kernels.dense_block); break;
+        case kTransition: run(kernels.transition); break;
+        case kHead: run(kernels.head); break;
+      }
       x = out;
     }
   }
@@ -222,6 +226,7 @@ FASTDENSE_EXPORT int32_t fastdense_chain(const Kernels* kernels, const ChainArgs
 
 FASTDENSE_EXPORT_KERNEL(dense_block, DenseBlockArgs)
 FASTDENSE_EXPORT_KERNEL(transition, TransitionArgs)
+FASTDENSE_EXPORT_KERNEL(stem, StemArgs)
 FASTDENSE_EXPORT_KERNEL(stem_tail, PoolArgs)
 FASTDENSE_EXPORT_KERNEL(head, PoolArgs)
 FASTDENSE_EXPORT_KERNEL(channel_stats, StatsArgs)

@@ -26,6 +26,7 @@ inline void convert(float from, BFloat16& to) {  // to nearest even; NaN stays N
   std::memcpy(&bits, &from, sizeof(bits));
   to.bits = static_cast<uint16_t>((from != from ? 0x7fc00000u : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+inline void convert(BFloat16 from, BFloat16& to) { to = from; }
 template <class Half>
 void convert(Half from, float& to) {
   to = Isa::first_lane(Isa::load_part(&from, 1));
