@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import pickle
 import weakref
@@ -376,6 +377,17 @@ def test_nothing_lives_longer_for_it(net: Any, x: Tensor) -> None:
     warm(net.eval(), x)
     net.features.transition1.conv.weight = nn.Parameter(net.features.transition1.conv.weight.detach().clone())
     warm(net, x)
+    assert gone() is None
+
+
+def test_a_network_that_its_parameters_refer_to_can_be_collected(net: Any, x: Tensor, twins: Any) -> None:
+    net = twins("net", **ARGUMENTS)[0].eval()
+    for parameter in net.parameters():
+        parameter.owner = net
+    warm(net, x)
+    gone = weakref.ref(net)
+    del net, parameter
+    gc.collect()
     assert gone() is None
 
 

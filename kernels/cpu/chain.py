@@ -15,7 +15,7 @@ from ..contract import empty_channels_last
 from .arguments import spatial
 from .library import ChainArgs, StageArgs
 from .packing import Prepared
-from .seen import SeenTogether
+from .seen import Seen
 
 _KINDS = {name: kind for kind, name in enumerate(("stem", "stem_tail", "dense_block", "transition", "head"))}
 """Of kernels, as ``StageKind`` of ``src/abi.h``."""
@@ -64,14 +64,15 @@ class PreparedChain:
     def __init__(self, stages: Sequence[Prepared], changeable: Sequence[Prepared]):
         self._stages = list(stages)
         seen = [stage.seen for stage in changeable if stage.seen is not None]
-        self._seen = SeenTogether(seen) if len(seen) == len(changeable) else None
+        self._never_current = len(seen) < len(changeable)
+        self._seen = Seen.together(seen) if seen else None
         self.out_dtype = stages[-1].out_dtype
         self._fit = all(one.out_dtype == other.in_dtype for one, other in pairwise(stages))
         self._bound: _Bound | None = None  # of the last call
 
     def is_current(self) -> bool:
         """Whether all that may change are."""
-        return self._seen is not None and self._seen.holds()
+        return not self._never_current and (self._seen is None or self._seen.holds())
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Of x of ``shape``."""

@@ -23,6 +23,7 @@ from ctypes import (
     c_int64,
     c_uint64,
     c_void_p,
+    py_object,
 )
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,14 +132,15 @@ class ChainArgs(Structure):
 class TensorFunctions(Structure):
     """As in ``src/abi.h``."""
 
-    _fields_ = _fields((c_void_p, "device_type dtype dim sizes strides data_ptr"))
+    _fields_ = _fields(
+        (c_void_p, "get_device_type get_dtype get_dim get_sizes get_strides get_data_ptr delete_tensor_object")
+    )
 
 
 class SeenTensor(Structure):
     """As in ``src/abi.h``."""
 
     _fields_ = _fields(
-        (c_void_p, "tensor"),
         (POINTER(c_int64), "shape"),
         (c_int64, "dim"),
         (c_int32, "device_type dtype"),
@@ -223,7 +225,7 @@ class _OfTorch(NamedTuple):
         folder = Path(torch.__file__).parent / "lib"
         names = ("libtorch_cpu.so", "libtorch_cpu.dylib")
         library = ctypes.CDLL(str(next((folder / name for name in names if (folder / name).exists()), names[0])))
-        functions = [getattr(library, f"aoti_torch_get_{name}") for name, _ in TensorFunctions._fields_]
+        functions = [getattr(library, f"aoti_torch_{name}") for name, _ in TensorFunctions._fields_]
         return _OfTorch(
             library,
             ctypes.cast(library.torch_parallel_for, c_void_p),
@@ -231,6 +233,10 @@ class _OfTorch(NamedTuple):
         )
 
 
+_OF_PYTHON = tuple(
+    ctypes.cast(getattr(ctypes.pythonapi, name), c_void_p) for name in ("PyList_GetItem", "PyCapsule_GetPointer")
+)
+_POINTERS = PYFUNCTYPE(None, c_void_p, c_void_p, py_object, c_int64, POINTER(c_void_p))
 _SAME_VALUES = PYFUNCTYPE(c_int32, c_void_p, c_int64, POINTER(c_void_p), POINTER(c_int64), POINTER(c_void_p))
 
 
@@ -243,6 +249,7 @@ class Library:
 
     def __init__(self, library: ctypes.CDLL, kernels: int, of_torch: _OfTorch):
         self._library, self._kernels, self._of_torch = library, c_void_p(kernels), of_torch
+        self._pointers = _POINTERS(("fastdense_pointers", library))
         self.isa: str = library.fastdense_name(self._kernels).decode()
 
     def fingerprints(self, tensors: Sequence[Tensor]) -> list[int]:
@@ -254,17 +261,20 @@ class Library:
         self._check(self._library.fastdense_fingerprints(self._kernels, count, data, sizes, out, *self._threads()))
         return list(out)
 
-    def kind_of(self, tensor: int) -> tuple[int, int]:
-        """torch's numbers of the device's type and the dtype of a tensor, by its handle."""
+    def kind_of(self, tensor: Tensor) -> tuple[int, int]:
+        """torch's numbers of a tensor's type of device and of its dtype."""
         device_type, dtype = c_int32(), c_int32()
-        self._of_torch.library.aoti_torch_get_device_type(c_void_p(tensor), ctypes.byref(device_type))
-        self._of_torch.library.aoti_torch_get_dtype(c_void_p(tensor), ctypes.byref(dtype))
+        (handle,) = map(c_void_p, self._handles([tensor]))
+        self._of_torch.library.aoti_torch_get_device_type(handle, ctypes.byref(device_type))
+        self._of_torch.library.aoti_torch_get_dtype(handle, ctypes.byref(dtype))
+        self._of_torch.library.aoti_torch_delete_tensor_object(handle)
         return device_type.value, dtype.value
 
-    def are_as_seen(self, seen: Array[SeenTensor]) -> bool:
-        """Whether the tensors are what they were."""
-        functions = ctypes.byref(self._of_torch.tensor_functions)
-        return self._library.fastdense_are_as_seen(self._kernels, functions, len(seen), seen, *self._threads()) == 1
+    def are_as_seen(self, tensors: list[Tensor], seen: Array[SeenTensor]) -> bool:
+        """Whether they are what they were."""
+        handles = self._handles(tensors)  # for a moment: Python's collector knows nothing of whom they keep alive
+        arguments = self._kernels, ctypes.byref(self._of_torch.tensor_functions), len(seen), handles, seen
+        return self._library.fastdense_are_as_seen(*arguments, *self._threads()) == 1
 
     def pack(self, args: Array[WeightArgs], dtype: torch.dtype) -> list[Tensor]:
         """Convolution weights as the kernels read them, for results of ``dtype``."""
@@ -296,6 +306,13 @@ class Library:
         )
         same_values = _SAME_VALUES(("fastdense_same_values", self._library))
         return lambda: same_values(*arguments) == 1
+
+    def _handles(self, tensors: list[Tensor]) -> Array[c_void_p]:
+        """torch's C handles, which the caller deletes."""
+        capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)
+        handles = (c_void_p * len(tensors))()
+        self._pointers(*_OF_PYTHON, capsules, len(tensors), handles)
+        return handles
 
     def _threads(self) -> tuple[c_void_p, int]:
         return self._of_torch.parallel_for, torch.get_num_threads()
@@ -351,7 +368,7 @@ def _declare(library: ctypes.CDLL) -> None:
         c_void_p, c_int64, POINTER(c_void_p), POINTER(c_int64), POINTER(c_uint64), c_void_p, c_int32
     ]  # fmt: skip
     library.fastdense_are_as_seen.argtypes = [
-        c_void_p, POINTER(TensorFunctions), c_int64, POINTER(SeenTensor), c_void_p, c_int32
+        c_void_p, POINTER(TensorFunctions), c_int64, POINTER(c_void_p), POINTER(SeenTensor), c_void_p, c_int32
     ]  # fmt: skip
     library.fastdense_pack.argtypes = [
         c_void_p, c_int64, POINTER(WeightArgs), c_int32, POINTER(c_void_p), c_void_p, c_int32

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import weakref
 from collections.abc import Sequence
 from ctypes import c_int64
 
-import torch
 from torch import Tensor
 
 from .library import Library, SeenTensor
 
-_pointer_in = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
-    ("PyCapsule_GetPointer", ctypes.pythonapi)
-)
-
 
 class Seen:
-    """Tensors as they are now, which it keeps alive.
+    """Tensors as they are now.
 
     Args:
         placed: tensors of which matters where their memory is, whatever is written to it.
@@ -28,15 +21,12 @@ class Seen:
     """
 
     def __init__(self, library: Library, placed: Sequence[Tensor], read: Sequence[Tensor], fingerprints: Sequence[int]):
-        tensors = [*placed, *read]
-        handles = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)
-        weakref.finalize(self, torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs, handles)
-        self.library = library
-        self.array = (SeenTensor * len(tensors))()
-        for seen, tensor, handle in zip(self.array, tensors, handles, strict=True):
-            seen.tensor, seen.dim = _pointer_in(handle, None), tensor.dim()
+        self.library, self.tensors = library, [*placed, *read]
+        self.array = (SeenTensor * len(self.tensors))()
+        for seen, tensor in zip(self.array, self.tensors, strict=True):
+            seen.dim = tensor.dim()
             seen.shape = (c_int64 * (2 * tensor.dim()))(*tensor.shape, *tensor.stride())
-            seen.device_type, seen.dtype = library.kind_of(seen.tensor)
+            seen.device_type, seen.dtype = library.kind_of(tensor)
         for i, tensor in enumerate(placed):
             self.array[i].data = tensor.data_ptr()
         for i, (tensor, fingerprint) in enumerate(zip(read, fingerprints, strict=True), len(placed)):
@@ -44,17 +34,12 @@ class Seen:
 
     def holds(self) -> bool:
         """Whether they still are so."""
-        return self.library.are_as_seen(self.array)
+        return self.library.are_as_seen(self.tensors, self.array)
 
-
-class SeenTogether:
-    """Several of one library, asked at once."""
-
-    def __init__(self, parts: Sequence[Seen]):
-        self._parts = list(parts)
-        tensors = list(itertools.chain.from_iterable(part.array for part in parts))
-        self._array = (SeenTensor * len(tensors))(*tensors)
-
-    def holds(self) -> bool:
-        """Whether all do."""
-        return not self._parts or self._parts[0].library.are_as_seen(self._array)
+    @staticmethod
+    def together(parts: Sequence[Seen]) -> Seen:
+        """Several of one library, at least one, as one."""
+        made = Seen(parts[0].library, [], [], [])
+        made.tensors = list(itertools.chain.from_iterable(part.tensors for part in parts))
+        made.array = (SeenTensor * len(made.tensors))(*itertools.chain.from_iterable(part.array for part in parts))
+        return made

@@ -165,11 +165,11 @@ struct TensorFunctions {
   int32_t (*sizes)(void* tensor, int64_t** out);
   int32_t (*strides)(void* tensor, int64_t** out);
   int32_t (*data)(void* tensor, void** out);
+  int32_t (*remove)(void* tensor);  // the handle
 };
 
 // A tensor as it was. What matters is where its memory is or, with data null, what is in it.
 struct SeenTensor {
-  void* tensor;          // torch's handle
   const int64_t* shape;  // [2 * dim]: sizes, strides
   int64_t dim;
   int32_t device_type, dtype;  // by torch's numbers

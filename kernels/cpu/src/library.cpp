@@ -135,16 +135,16 @@ void run_by_cost(const Team& team, int64_t count, const Cost& cost, const F& f) 
   });
 }
 
-bool is_as_seen(const Kernels& kernels, const TensorFunctions& functions, const SeenTensor& seen) {
+bool is_as_seen(const Kernels& kernels, const TensorFunctions& functions, void* tensor, const SeenTensor& seen) {
   int32_t device_type, dtype;
   int64_t dim, *sizes, *strides;
   void* data;
-  if (functions.device_type(seen.tensor, &device_type) != 0 || device_type != seen.device_type) return false;
-  if (functions.dtype(seen.tensor, &dtype) != 0 || dtype != seen.dtype) return false;
-  if (functions.dim(seen.tensor, &dim) != 0 || dim != seen.dim) return false;
-  if (functions.sizes(seen.tensor, &sizes) != 0 || !std::equal(sizes, sizes + dim, seen.shape)) return false;
-  if (functions.strides(seen.tensor, &strides) != 0) return false;
-  if (!std::equal(strides, strides + dim, seen.shape + dim) || functions.data(seen.tensor, &data) != 0) return false;
+  if (functions.device_type(tensor, &device_type) != 0 || device_type != seen.device_type) return false;
+  if (functions.dtype(tensor, &dtype) != 0 || dtype != seen.dtype) return false;
+  if (functions.dim(tensor, &dim) != 0 || dim != seen.dim) return false;
+  if (functions.sizes(tensor, &sizes) != 0 || !std::equal(sizes, sizes + dim, seen.shape)) return false;
+  if (functions.strides(tensor, &strides) != 0) return false;
+  if (!std::equal(strides, strides + dim, seen.shape + dim) || functions.data(tensor, &data) != 0) return false;
   return seen.data != nullptr ? data == seen.data : kernels.fingerprint(data, seen.bytes) == seen.fingerprint;
 }
 
@@ -171,15 +171,27 @@ FASTDENSE_EXPORT int32_t fastdense_fingerprints(const Kernels* kernels, int64_t 
   });
 }
 
-// Whether the tensors are what they were.
+// CPython's PyList_GetItem and PyCapsule_GetPointer.
+using ListItem = void* (*)(void* list, intptr_t i);
+using CapsulePointer = void* (*)(void* capsule, const char* name);
+
+// What a list of capsules points to. Python's lock must be held.
+FASTDENSE_EXPORT void fastdense_pointers(ListItem item, CapsulePointer pointer, void* capsules, int64_t count,
+                                         void** out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = pointer(item(capsules, i), nullptr);
+}
+
+// Whether the tensors, given by torch's handles, which it deletes, are what they were.
 FASTDENSE_EXPORT int32_t fastdense_are_as_seen(const Kernels* kernels, const TensorFunctions* functions, int64_t count,
-                                               const SeenTensor* seen, ParallelFor parallel_for, int32_t threads) {
+                                               void* const* tensors, const SeenTensor* seen, ParallelFor parallel_for,
+                                               int32_t threads) {
   constexpr int64_t kOfAsking = 1024;  // bytes that are read in the time that it takes
   std::atomic<bool> all{true};
   const int32_t failed = guarded([&] {
     run_by_cost({parallel_for, threads}, count, [&](int64_t i) { return seen[i].bytes + kOfAsking; },
-                [&](int64_t i) { if (all && !is_as_seen(*kernels, *functions, seen[i])) all = false; });
+                [&](int64_t i) { if (all && !is_as_seen(*kernels, *functions, tensors[i], seen[i])) all = false; });
   });
+  for (int64_t i = 0; i < count; ++i) functions->remove(tensors[i]);
   return failed == 0 && all;
 }
 
