@@ -72,29 +72,26 @@ def _block(block: FusedBlock, dtype: torch.dtype | None) -> Frozen | None:
 
 
 def _freeze_others(features: nn.Sequential, dtype: torch.dtype | None) -> None:
-    """The transitions and the stem of a FastDenseNet, in place."""
-    for names, modules, _ in steps(features):
-        stage: Any = modules[0]
-        if isinstance(stage, FusedTransition):
-            arguments = None if hooked(stage) else stage.inference_arguments()
-            if arguments is not None:
-                features.add_module(
-                    names[0], Frozen(stage.inference_op, arguments, arguments[1], arguments[1].dim(), dtype)
-                )
-        elif len(modules) > 1:
-            frozen = _stem(modules, dtype)
-            if frozen is None:  # its tail, at least
-                names, frozen = names[1:], _stem(modules[1:], dtype) if isinstance(modules[1], BatchNorm) else None
+    """The transitions and the stem of a FastDenseNet, in place; of a stem that has to stay, its tail."""
+    for whole_stem in (True, False):
+        for names, modules, _ in steps(features, whole_stem):
+            frozen = _frozen(modules, dtype)
             if frozen is not None:
                 for fused in names[:-1]:
                     delattr(features, fused)
                 features.add_module(names[-1], frozen)
 
 
-def _stem(modules: Sequence[nn.Module], dtype: torch.dtype | None) -> Frozen | None:
-    """A frozen stem, or its tail; ``None`` where it has to stay as it is."""
-    if isinstance(modules[0], BatchNorm):
-        norm = None if any(map(unusual, modules)) else running_norm(modules[0])
-        return None if norm is None else Frozen("stem_tail", (norm,), norm.weight, DIMS[type(modules[-1])])
-    arguments = stem_arguments(modules)
-    return arguments and Frozen("stem_inference", arguments, arguments[1], arguments[1].dim(), dtype)
+def _frozen(modules: Sequence[nn.Module], dtype: torch.dtype | None) -> Frozen | None:
+    """A transition, stem or stem's tail frozen; ``None`` for what is none, or has to stay as it is."""
+    stage: Any = modules[0]
+    if isinstance(stage, FusedTransition):
+        arguments = None if hooked(stage) else stage.inference_arguments()
+        return arguments and Frozen(stage.inference_op, arguments, arguments[1], arguments[1].dim(), dtype)
+    if len(modules) == 1:
+        return None
+    if isinstance(stage, BatchNorm):
+        norm = None if any(map(unusual, modules)) else running_norm(stage)
+        return norm and Frozen("stem_tail", (norm,), norm.weight, DIMS[type(modules[-1])])
+    of_stem = stem_arguments(modules)
+    return of_stem and Frozen("stem_inference", of_stem, of_stem[1], of_stem[1].dim(), dtype)

@@ -524,7 +524,7 @@ def _stem(parts: Sequence[nn.Module], x: Tensor) -> tuple[StemArguments, torch.d
     if arguments is None or backend is None or backends.preparation(backend, "stem_inference") is None:
         return None
     running, weight, stride, padding = arguments
-    if not _stock_computes(x, norm, conv) or x.shape[1] != weight.shape[1] or not _are_plain(*running[:4], weight):
+    if not _stock_computes(x, norm, conv) or x.shape[1] != weight.shape[1] or not ops.are_plain([*running[:4], weight]):
         return None
     if min(conv_sizes(x.shape[2:], weight.shape[2:], stride, padding)) < 1:
         return None
@@ -552,15 +552,10 @@ def prepared_head(norm: BatchNorm, x: Tensor) -> Prepared | None:
 def _prepared_from_norm(op: str, parts: Sequence[nn.Module], x: Tensor) -> Prepared | None:
     running, backend = running_norm(cast(BatchNorm, parts[0])), _backend_of(parts, x)
     prepare = None if backend is None else backends.preparation(backend, op)
-    if prepare is None or running is None or not _are_plain(*running[:4]):
+    if prepare is None or running is None or not ops.are_plain(running[:4]):
         return None
     checks.check_norm(op, x, running)
     return prepare(running, x_dtype=x.dtype)
-
-
-def _are_plain(*tensors: Tensor) -> bool:
-    """Whether kernels may read them: they are of no class of tensors with a memory of its own."""
-    return {*map(type, tensors)} <= {Tensor, nn.Parameter}
 
 
 def _backend_of(parts: Sequence[nn.Module], x: Tensor) -> str | None:

@@ -194,14 +194,14 @@ def are_observed() -> bool:
     )
 
 
+def are_plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether kernels may read them: they are of no class of tensors with a memory or a meaning of its own."""
+    return {*map(type, tensors)} <= {Tensor, nn.Parameter}
+
+
 def _is_seen(x: Tensor, *others: Tensor) -> bool:
     """Whether anything could tell an op of these tensors from the call of its implementation."""
-    return (
-        torch.compiler.is_compiling()
-        or are_observed()
-        or x.device.type == "meta"
-        or not {type(x), *map(type, others)} <= {Tensor, nn.Parameter}
-    )
+    return torch.compiler.is_compiling() or are_observed() or x.device.type == "meta" or not are_plain([x, *others])
 
 
 def _flattened(layers: DenseLayers) -> tuple[list[list[Tensor]], dict[str, Any]]:

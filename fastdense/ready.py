@@ -52,9 +52,11 @@ class Snapshot:
         self._values = list(itertools.chain.from_iterable(map(dict.values, dicts)))
         self._are_same = _watch(dicts, self._values)
         tensors = [value for value in self._values if isinstance(value, Tensor)]
-        self.may_be_kept = not any(
-            isinstance(below, nn.SyncBatchNorm) and below.training for below in self._modules
-        ) and all(type(tensor) in (Tensor, nn.Parameter) and tensor.is_leaf for tensor in tensors)
+        self.may_be_kept = (
+            not any(isinstance(below, nn.SyncBatchNorm) and below.training for below in self._modules)
+            and ops.are_plain(tensors)
+            and all(tensor.is_leaf for tensor in tensors)
+        )
 
     def holds(self, module: nn.Module) -> bool:
         """Whether every object is still in its place; of ``module`` itself, not of a copy."""
@@ -155,8 +157,7 @@ class Inference:
     def __init__(self, module: Fused):
         self._op, self.arguments = module.inference_op, module.inference_arguments()
         self._tensors = [leaf for leaf in pytree.tree_leaves(self.arguments) if isinstance(leaf, Tensor)]
-        plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in self._tensors)
-        if not plain or len({tensor.device for tensor in self._tensors}) > 1:
+        if not ops.are_plain(self._tensors) or len({tensor.device for tensor in self._tensors}) > 1:
             self.arguments = None
         if self.arguments is not None:
             self.first = module.first_parts()

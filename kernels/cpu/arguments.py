@@ -46,8 +46,10 @@ def run_on(library: Library, name: str, args: Structure, x: Tensor, out: Tensor,
     ``planar``: x has its channels outermost, for a kernel that takes such.
     """
     args = type(args).from_buffer_copy(args)
-    for field, value in (extents(x) | (dict(planar=1) if planar else {})).items():
+    for field, value in extents(x).items():
         setattr(args, field, value)
+    if planar:
+        args.planar = planar  # type: ignore[attr-defined]
     args.x, args.out = x.data_ptr(), out.data_ptr()  # type: ignore[attr-defined]
     library.run(name, args)
 

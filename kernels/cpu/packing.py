@@ -67,9 +67,12 @@ def _dense(weight: Tensor) -> Tensor:
     """The weight itself where its bytes are in one piece and of a dtype that C++ reads, else a copy."""
     if weight.dtype not in DTYPES:
         weight = weight.float()
+    return weight if _is_dense(weight) else weight.contiguous()
+
+
+def _is_dense(weight: Tensor) -> bool:
     by_pixels = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim(), torch.contiguous_format)
-    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=by_pixels)
-    return weight if dense else weight.contiguous()
+    return weight.is_contiguous() or weight.is_contiguous(memory_format=by_pixels)
 
 
 class Prepared:
@@ -94,8 +97,8 @@ class Prepared:
     ):
         self.library, self.norms = loaded(), norms
         self.packed, fingerprints = packed(self.library, weights, dtype, as_matrix)
-        can_be_seen = changeable and norms.are_in_place() and all(_dense(weight) is weight for weight in weights)
-        self.seen = Seen(self.library, norms.given, weights, fingerprints) if can_be_seen else None
+        in_place = norms.are_in_place() and all(w.dtype in DTYPES and _is_dense(w) for w in weights)
+        self.seen = Seen.now(self.library, norms.given, weights, fingerprints) if changeable and in_place else None
 
     def is_current(self) -> bool:
         """Whether another one of the same tensors, with what they contain now and where they are, would be the same."""

@@ -57,38 +57,33 @@ class PreparedTransition(Prepared):
         return (shape[0], self.args.out_channels, *(size // 2 for size in shape[2:]))
 
 
-class PreparedStemTail(Prepared):
-    """A stem's tail at given statistics, ready to be called with x of ``x_dtype``."""
-
-    kernel = "stem_tail"
-
+class _PreparedPool(Prepared):
     def __init__(self, norm: Norm, x_dtype: torch.dtype, changeable: bool = True):
         super().__init__(Norms.of([norm]), [], x_dtype, changeable)
         self.in_dtype = self.out_dtype = x_dtype
-        self.args = _pool_args(self.norms, len(norm.weight), x_dtype)
+        self.args = PoolArgs(
+            channels=len(norm.weight), norm=self.norms.array[0], store=DTYPES[x_dtype], norm_dtype=self.norms.dtype
+        )
+
+
+class PreparedStemTail(_PreparedPool):
+    """A stem's tail at given statistics, ready to be called with x of ``x_dtype``."""
+
+    kernel = "stem_tail"
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """[N, C, *spatial] -> [N, C, *ceil(size / 2)]."""
         return (*shape[:2], *((size + 1) // 2 for size in shape[2:]))
 
 
-class PreparedHead(Prepared):
+class PreparedHead(_PreparedPool):
     """A head at given statistics, ready to be called with x of ``x_dtype``."""
 
     kernel = "head"
 
-    def __init__(self, norm: Norm, x_dtype: torch.dtype, changeable: bool = True):
-        super().__init__(Norms.of([norm]), [], x_dtype, changeable)
-        self.in_dtype = self.out_dtype = x_dtype
-        self.args = _pool_args(self.norms, len(norm.weight), x_dtype)
-
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """[N, C, *spatial] -> [N, C], or [N, 0] where there are no pixels."""
         return (shape[0], shape[1] if min(shape[2:]) > 0 else 0)
-
-
-def _pool_args(norms: Norms, channels: int, store: torch.dtype) -> PoolArgs:
-    return PoolArgs(channels=channels, norm=norms.array[0], store=DTYPES[store], norm_dtype=norms.dtype)
 
 
 def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Tensor:
