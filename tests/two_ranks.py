@@ -19,6 +19,7 @@ from torch.distributed import _functional_collectives as functional
 
 import fastdense
 from fastdense.modules import FusedBlock, FusedTransition
+from fastdense.training.ranks import ranks
 
 IMAGES, FIRST_SHARE = 5, 3
 
@@ -144,18 +145,17 @@ def fsdp(rank: int, name: str) -> dict[str, Any]:
 
 def main() -> None:
     case, folder, *arguments = sys.argv[1:]
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
     torch.set_num_threads(1)
-    if case == "sync":
-        for each in arguments:
-            name, backend, size, dtype = each.split(",")
-            torch.save(sync(folder, name, backend, int(size), dtype, rank), Path(folder, f"{each}-{rank}.pt"))
-    else:
-        for name in arguments or [""]:
-            found = {"empty": empty, "fsdp": fsdp, "ddp": ddp}[case](rank, *filter(None, [name]))
-            torch.save(found, Path(folder, f"{case}{name}-{rank}.pt"))
-    dist.destroy_process_group()
+    with ranks("cpu") as group:
+        if case == "sync":
+            for each in arguments:
+                name, backend, size, dtype = each.split(",")
+                found = sync(folder, name, backend, int(size), dtype, group.rank)
+                torch.save(found, Path(folder, f"{each}-{group.rank}.pt"))
+        else:
+            for name in arguments or [""]:
+                found = {"empty": empty, "fsdp": fsdp, "ddp": ddp}[case](group.rank, *filter(None, [name]))
+                torch.save(found, Path(folder, f"{case}{name}-{group.rank}.pt"))
 
 
 if __name__ == "__main__":

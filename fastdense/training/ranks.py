@@ -6,6 +6,7 @@ A process on its own is a group of one: nothing else in the run asks how many th
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -17,6 +18,11 @@ from torch import Tensor, nn
 
 from ..models import FastDenseNet
 from ..modules import FastDenseBlock, FastTransition
+
+# Seconds in which Gloo's threads let go of the tensors of what they did last, for which they take Python's lock: one
+# that asks for it when the interpreter has begun to end aborts the process (pytorch/pytorch#190489). Leaving the group
+# does not wait for them where torch itself holds on to it, as DTensor's caches and torch.distributed.nn do.
+_GLOO_REST = 0.2
 
 
 @dataclass(frozen=True)
@@ -113,4 +119,6 @@ def ranks(device: str | None) -> Iterator[Ranks]:
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), chosen)
     finally:
+        if kind == "cpu":
+            time.sleep(_GLOO_REST)
         dist.destroy_process_group()
