@@ -28,6 +28,12 @@ inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int6
 #endif
 }
 
+template <class T>
+inline void prefetch(const T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += kCacheLine / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i);
+  __builtin_prefetch(p + count - 1);
+}
+
 class Buffer {
  public:
   Buffer() = default;

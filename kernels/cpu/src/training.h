@@ -61,6 +61,7 @@ class TrainingBlock {
   using Gradient = std::conditional_t<std::is_same_v<Store, BFloat16>, BFloat16, float>;  // float16 may overflow
   using Place = Windows::Place;
   static constexpr int64_t kStrip = Isa::kStrip;      // pixels of a forward's strip
+  static constexpr int64_t kAhead = 16;               // pixels, that are asked for before they are read
   static constexpr int64_t kTiles = 2 * Isa::kRows;  // Winograd's tiles that are transformed at once
 
  public:
@@ -165,6 +166,7 @@ class TrainingBlock {
         const Store* const x = x_ + first * channels_;
         float* const product = multiply_strip<Word>(
             rows, padded(c), hidden_columns_, w, [&](int64_t row, int64_t start, int64_t depth, Element* z) {
+              prefetch(x + (row + kAhead) * channels_ + start, std::min(depth, c - start));
               affine_relu_row(x + row * channels_ + start, norm1_.from(start), std::min(depth, c - start), depth, z);
             });
         for (int64_t row = 0; row < rows; ++row) {
@@ -329,10 +331,8 @@ class TrainingBlock {
           Vector activated[e] = {};
           for (int64_t i = 0; i < std::min(e, rows - row); ++i) {
             const int64_t element = (first + row + i) * channels_ + channel;
-            if (v % (kCacheLine / 4) == 0) {  // what the next channels will need
-              __builtin_prefetch(x_ + element + width);
-              __builtin_prefetch(arriving_ + element + width);
-            }
+            __builtin_prefetch(x_ + element + kAhead * channels_);
+            __builtin_prefetch(arriving_ + element + kAhead * channels_);
             const Vector value = load_up_to(x_ + element, exist), g = load_up_to(arriving_ + element, exist);
             activated[i] = norm1_(value, channel);
             const Vector da = Isa::where_positive(activated[i], Isa::load(dz + (row + i) * width + v));
@@ -545,6 +545,8 @@ class TrainingBlock {
   const Element* make_dy(int64_t i, const Place& place, const Window<Word>& window) const {
     const int64_t c = channels(i), k = p_.growth_rate;
     return fill(place, window, Scratch::of_this_thread().dy, [&](int64_t at, Element* target) {
+      prefetch(x_ + (at + kAhead) * channels_ + c, k);
+      prefetch(arriving_ + (at + kAhead) * channels_ + c, k);
       write_row(target, k, window.channels, p_.layer[i].growth_mask, at,
                 [&](int64_t v) { return true_gradient(at, c + v, k - v); });
     });
