@@ -47,7 +47,7 @@ struct Isa : Avx512BFloat16 {
 // 16 or 32 rows by 16 or 32 columns, over all of k: tiles 0-3 hold C, 4 and 5 A, 6 and 7 B. Every tile of A meets
 // both of B: four multiplies for four loads. The last rows of A may be anything; so are those of C, then.
 template <bool kTwoRows, bool kTwoColumns>
-void amx_tile(const Rows<BFloat16Word>& a, const BFloat16Word* rows, const BFloat16Word* b, int64_t k, float* c,
+void amx_tile(const Rows<BFloat16Word>& a, int64_t row, const BFloat16Word* b, int64_t b_run, int64_t k, float* c,
               int64_t ldc, bool accumulate) {
   constexpr int64_t kDepth = 16;  // words of k that a tile holds
   constexpr int64_t width = kTwoColumns ? 32 : 16;
@@ -63,21 +63,25 @@ void amx_tile(const Rows<BFloat16Word>& a, const BFloat16Word* rows, const BFloa
     if (kTwoRows) _tile_zero(2);
     if (kTwoRows && kTwoColumns) _tile_zero(3);
   }
-  for (int64_t tap = 0; tap < a.taps; ++tap, rows += a.tap_step)
-    for (int64_t i = 0; i < k; i += kDepth, b += kDepth * width) {
-      _tile_loadd(6, b, b_bytes);
-      _tile_loadd(4, rows + i, a_bytes);
-      _tile_dpbf16ps(0, 4, 6);
-      if (kTwoColumns) {
-        _tile_loadd(7, b + 16, b_bytes);
-        _tile_dpbf16ps(1, 4, 7);
+  for (int64_t run = 0; run < a.taps.runs; ++run) {
+    const BFloat16Word* at = a.data + row * a.stride + a.taps.starts[run];
+    const BFloat16Word* next = b + run * b_run;
+    for (int64_t tap = 0; tap < a.taps.count; ++tap, at += a.taps.step)
+      for (int64_t i = 0; i < k; i += kDepth, next += kDepth * width) {
+        _tile_loadd(6, next, b_bytes);
+        _tile_loadd(4, at + i, a_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        if (kTwoColumns) {
+          _tile_loadd(7, next + 16, b_bytes);
+          _tile_dpbf16ps(1, 4, 7);
+        }
+        if (kTwoRows) {
+          _tile_loadd(5, at + 16 * a.stride + i, a_bytes);
+          _tile_dpbf16ps(2, 5, 6);
+          if (kTwoColumns) _tile_dpbf16ps(3, 5, 7);
+        }
       }
-      if (kTwoRows) {
-        _tile_loadd(5, rows + 16 * a.stride + i, a_bytes);
-        _tile_dpbf16ps(2, 5, 6);
-        if (kTwoColumns) _tile_dpbf16ps(3, 5, 7);
-      }
-    }
+  }
   _tile_stored(0, c, c_bytes);
   if (kTwoColumns) _tile_stored(1, c + 16, c_bytes);
   if (kTwoRows) _tile_stored(2, c + 16 * ldc, c_bytes);
@@ -94,7 +98,7 @@ void gemm<BFloat16Word>(const Rows<BFloat16Word>& a, const Panels<BFloat16Word>&
       const bool two_rows = a.count - row > 16;
       const auto tile = two_rows ? (two_columns ? amx_tile<true, true> : amx_tile<true, false>)
                                  : (two_columns ? amx_tile<false, true> : amx_tile<false, false>);
-      tile(a, a.data + row * a.stride, panel, b.k, c + row * b.columns + column, b.columns, accumulate);
+      tile(a, row, panel, b.depth * b.columns, b.k, c + row * b.columns + column, b.columns, accumulate);
     }
   }
 }

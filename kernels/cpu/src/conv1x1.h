@@ -67,7 +67,7 @@ struct PixelPanels {
 inline constexpr int64_t kGradientChunk = 4 * Isa::kPanel;  // of a strip's channels that undo_multiply hands out
 
 template <class Word>
-inline constexpr int64_t kGradientStrip = 2 * Isa::kStrip;  // pixels at most that undo_multiply takes
+inline constexpr int64_t kGradientStrip = 4 * Isa::kStrip;  // pixels at most that undo_multiply takes
 
 // A 1x1 convolution of a strip backwards, from dy [rows, k], of whose k channels `out` exist. Called for some of its
 // input channels, from `start`, use(start, width, dz, z) takes their gradient dz [rows, width] and writes the input

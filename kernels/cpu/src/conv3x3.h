@@ -48,17 +48,18 @@ void convolve_directly(const Window<Word>& window, const typename Word::Element*
   constexpr int e = Word::kElements;
   const int64_t k = window.channels / e, pixel = window.stride / e, width = window.padded_width();
   const int64_t together = std::max<int64_t>(1, Isa::kRun / width);
+  int64_t starts[9], runs = 0;  // of the rows of taps
+  for (int64_t dz = -window.reach_z; dz <= window.reach_z; ++dz)
+    for (int64_t dy = -window.reach_y; dy <= window.reach_y; ++dy)
+      starts[runs++] = (dz * window.slice_size() + dy * width) * pixel;
   const auto* w = static_cast<const Word*>(packed);
   float* const y = Scratch::of_this_thread().row.get<float>(round_up(together * width, Isa::kRowBlock) * columns);
   for (int64_t row = first, count; row < last; row += count) {
     const int64_t slice = row / window.height, top = row % window.height;
     count = std::min({together, last - row, window.height - top});
     const auto* const pixels = reinterpret_cast<const Word*>(u) + window.pixel(slice, top, -1) * pixel;
-    for (int64_t dz = -window.reach_z, taps = 0; dz <= window.reach_z; ++dz)
-      for (int64_t dy = -window.reach_y; dy <= window.reach_y; ++dy, ++taps)
-        gemm<Word>({pixels + (dz * window.slice_size() + dy * width) * pixel, pixel,
-                    (count - 1) * width + window.width, 3, pixel},
-                   {w + taps * 3 * k * columns, 3 * k, columns, 0, k}, y, taps > 0);
+    gemm<Word>({pixels, pixel, (count - 1) * width + window.width, {3, pixel, runs, starts}},
+               {w, 3 * k, columns, 0, k}, y, false);
     for (int64_t i = 0; i < count; ++i) sink(slice, top + i, y + i * width * columns);
   }
 }

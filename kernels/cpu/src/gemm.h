@@ -1,52 +1,67 @@
 // C[rows, panel] (+)= A[rows, k] B[k, panel]: the one multiply that every convolution here is made of.
 //
-//   A   rows of words `lda` apart: pixels, wherever they lie. With several taps, each row goes on `tap_step`
-//       words further: the neighbouring pixels of a 3x3. Or, for a weight's gradient, columns of words `lda` apart:
-//       then k runs over pixels
-//   B   packed: panels of kPanel output channels (the last may have kLanes), each [taps * k, channels] words
+//   A   rows of words `lda` apart: pixels, wherever they lie, or with Taps the neighbours of each too. Or, for a
+//       weight's gradient, columns of words `lda` apart: then k runs over pixels
+//   B   packed: panels of kPanel output channels (the last may have kLanes), each [taps * k, channels] words; the next
+//       run's are `b_run` words further
 //   C   floats in rows `ldc` apart
 //
-// A tile of kRows x kPanel accumulators stays in registers over all of k. Tiles of fewer rows and of one
-// vector make up the rest, so nothing is computed twice and every sum runs over k in order: results do not
-// depend on how the pixels were cut.
+// A tile of kRows x kPanel accumulators stays in registers over all of k, or one of more rows by one vector: each sum
+// waits for the one before it, so few sums at a time would leave the multipliers idle. Tiles of fewer rows make up the
+// rest, so nothing is computed twice and every sum runs over k in order: results do not depend on how the pixels were
+// cut.
 //
 // Included by each instruction set's file, inside its namespace, after its Isa.
 
 enum Layout { kByRows, kByColumns };  // of A
 
+// The parts, of k words each, that a row of A is made of: in each of some runs, `count` of them `step` words apart. For
+// every run B has a matrix of its own.
+struct Taps {
+  static constexpr int64_t kNone[1] = {0};
+  int64_t count = 1, step = 0, runs = 1;
+  const int64_t* starts = kNone;  // of the runs, in words from the row's own place
+};
+
 template <Layout kLayout, class Word, int kTileRows, int kVectors>
-void gemm_tile(const Word* a, int64_t lda, int64_t taps, int64_t tap_step, const Word* b, int64_t k, float* c,
+void gemm_tile(const Word* a, int64_t lda, const Taps& taps, const Word* b, int64_t b_run, int64_t k, float* c,
                int64_t ldc, bool accumulate) {
   constexpr int kGroup = kLayout == kByRows ? 3 : kTileRows;  // rows reached from one pointer
   constexpr int kPointers = (kTileRows + kGroup - 1) / kGroup;
   constexpr int kUnroll = 4;
   const int64_t row_step = kLayout == kByRows ? lda : 1, k_step = kLayout == kByRows ? 1 : lda;
   typename Isa::Vector acc[kTileRows][kVectors];
-  for (auto& row : acc)
-    for (auto& v : row) v = Isa::zero();
-  for (int64_t tap = 0; tap < taps; ++tap, a += tap_step) {
-    const Word* rows[kPointers];
-    for (int i = 0; i < kPointers; ++i) rows[i] = a + i * kGroup * row_step;
-    for (int64_t i = 0; i < k; i += kUnroll) {
+#pragma GCC unroll 32
+  for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4
-      for (int u = 0; u < kUnroll; ++u) {
-        decltype(Isa::load_words(b)) bv[kVectors];
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = Isa::zero();
+  for (int64_t run = 0; run < taps.runs; ++run) {
+    const Word* at = a + taps.starts[run];
+    const Word* next = b + run * b_run;
+    for (int64_t tap = 0; tap < taps.count; ++tap, at += taps.step) {
+      const Word* rows[kPointers];
+      for (int i = 0; i < kPointers; ++i) rows[i] = at + i * kGroup * row_step;
+      for (int64_t i = 0; i < k; i += kUnroll) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) bv[v] = Isa::load_words(b + (u * kVectors + v) * Isa::kLanes);
-#pragma GCC unroll 16
-        for (int r = 0; r < kTileRows; ++r) {
-          const auto av = Isa::broadcast_word(rows[r / kGroup] + (r % kGroup) * row_step + u * k_step);
+        for (int u = 0; u < kUnroll; ++u) {
+          decltype(Isa::load_words(next)) bv[kVectors];
 #pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) acc[r][v] = Isa::multiply_words(av, bv[v], acc[r][v]);
+          for (int v = 0; v < kVectors; ++v) bv[v] = Isa::load_words(next + (u * kVectors + v) * Isa::kLanes);
+#pragma GCC unroll 32
+          for (int r = 0; r < kTileRows; ++r) {
+            const auto av = Isa::broadcast_word(rows[r / kGroup] + (r % kGroup) * row_step + u * k_step);
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) acc[r][v] = Isa::multiply_words(av, bv[v], acc[r][v]);
+          }
         }
+        next += kUnroll * kVectors * Isa::kLanes;
+#pragma GCC unroll 16
+        for (int p = 0; p < kPointers; ++p) rows[p] += kUnroll * k_step;
       }
-      b += kUnroll * kVectors * Isa::kLanes;
-#pragma GCC unroll 8
-      for (int p = 0; p < kPointers; ++p) rows[p] += kUnroll * k_step;
     }
   }
 
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -56,17 +71,36 @@ void gemm_tile(const Word* a, int64_t lda, int64_t taps, int64_t tap_step, const
 }
 
 template <class Word>
-using GemmTile = void (*)(const Word*, int64_t, int64_t, int64_t, const Word*, int64_t, float*, int64_t, bool);
+using GemmTile = void (*)(const Word*, int64_t, const Taps&, const Word*, int64_t, int64_t, float*, int64_t, bool);
 
 template <Layout kLayout, class Word, int kVectors, int... kMinusOne>
 constexpr std::array<GemmTile<Word>, sizeof...(kMinusOne)> gemm_tiles(std::integer_sequence<int, kMinusOne...>) {
   return {gemm_tile<kLayout, Word, kMinusOne + 1, kVectors>...};
 }
 
-template <Layout kLayout, class Word>
-constexpr std::array<std::array<GemmTile<Word>, Isa::kRows>, 2> kGemmTiles = {
-    gemm_tiles<kLayout, Word, 1>(std::make_integer_sequence<int, Isa::kRows>{}),
-    gemm_tiles<kLayout, Word, 2>(std::make_integer_sequence<int, Isa::kRows>{}),
+// Tiles of one row, two and so on, `vectors` wide.
+template <class Word>
+struct GemmTiles {
+  const GemmTile<Word>* of_rows;
+  int64_t most;
+
+  template <Layout kLayout>
+  static GemmTiles of(int64_t vectors) {
+    static constexpr auto narrow = gemm_tiles<kLayout, Word, 1>(std::make_integer_sequence<int, 3 * Isa::kRows / 2>{});
+    static constexpr auto wide = gemm_tiles<kLayout, Word, 2>(std::make_integer_sequence<int, Isa::kRows>{});
+    return vectors == 1 ? GemmTiles{narrow.data(), narrow.size()} : GemmTiles{wide.data(), wide.size()};
+  }
+
+  // tile(row, of_rows) for as few tiles of as equal heights as can be.
+  template <class F>
+  void cover(int64_t rows, const F& tile) const {
+    const int64_t tiles = ceil_div(rows, most);
+    for (int64_t i = 0, row = 0; i < tiles; ++i) {
+      const int64_t end = rows * (i + 1) / tiles;
+      tile(row, of_rows[end - row - 1]);
+      row = end;
+    }
+  }
 };
 
 // Where the rows of A are.
@@ -74,7 +108,7 @@ template <class Word>
 struct Rows {
   const Word* data;
   int64_t stride, count;
-  int64_t taps = 1, tap_step = 0;
+  Taps taps = {};
 };
 
 // A whose rows are the columns of a matrix: channels, of pixels `stride` apart.
@@ -84,7 +118,7 @@ struct Columns {
   int64_t stride, count;
 };
 
-// Of B, the part that A meets: k words deep (per tap), from depth `start` of the panels' `depth`.
+// Of B, the part that A meets: k words deep (per tap), from depth `start` of the panels' `depth` (per run).
 template <class Word>
 struct Panels {
   const Word* data;
@@ -94,32 +128,26 @@ struct Panels {
 
 template <class Word>
 void gemm(const Rows<Word>& a, const Panels<Word>& b, float* c, bool accumulate) {
-  const int64_t tiles = ceil_div(a.count, Isa::kRows);
   for (int64_t column = 0; column < b.columns; column += Isa::kPanel) {
     const int64_t width = std::min<int64_t>(Isa::kPanel, b.columns - column);
     const Word* const panel = b.data + column * b.depth + b.start * width;
-    const auto& by_rows = kGemmTiles<kByRows, Word>[width / Isa::kLanes - 1];
-    for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {  // as equal as can be
-      const int64_t end = a.count * (tile + 1) / tiles;
-      by_rows[end - row - 1](a.data + row * a.stride, a.stride, a.taps, a.tap_step, panel, b.k,
-                             c + row * b.columns + column, b.columns, accumulate);
-      row = end;
-    }
+    const auto tiles = GemmTiles<Word>::template of<kByRows>(width / Isa::kLanes);
+    tiles.cover(a.count, [&](int64_t row, GemmTile<Word> tile) {
+      tile(a.data + row * a.stride, a.stride, a.taps, panel, b.depth * b.columns, b.k, c + row * b.columns + column,
+           b.columns, accumulate);
+    });
   }
 }
 
 // C += A^T B over all of B's depth.
 template <class Word>
 void add_gemm(const Columns<Word>& a, const Panels<Word>& b, float* c) {
-  const int64_t tiles = ceil_div(a.count, Isa::kRows);
   for (int64_t column = 0; column < b.columns; column += Isa::kPanel) {
     const int64_t width = std::min<int64_t>(Isa::kPanel, b.columns - column);
-    const auto& by_rows = kGemmTiles<kByColumns, Word>[width / Isa::kLanes - 1];
-    for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
-      const int64_t end = a.count * (tile + 1) / tiles;
-      by_rows[end - row - 1](a.data + row, a.stride, 1, 0, b.data + column * b.depth, b.k,
-                             c + row * b.columns + column, b.columns, true);
-      row = end;
-    }
+    const auto tiles = GemmTiles<Word>::template of<kByColumns>(width / Isa::kLanes);
+    tiles.cover(a.count, [&](int64_t row, GemmTile<Word> tile) {
+      tile(a.data + row, a.stride, {}, b.data + column * b.depth, 0, b.k, c + row * b.columns + column, b.columns,
+           true);
+    });
   }
 }

@@ -88,9 +88,16 @@ class Normalization : public Affine {
 };
 
 // p + q (x - mean): what flows to a norm's input through its batch's statistics.
-inline Vector through_statistics(Vector x, Vector mean, Vector p, Vector q) {
-  return Isa::multiply_add(Isa::sub(x, mean), q, p);
-}
+struct ThroughStatistics {
+  const float* mean;
+  const float* p;
+  const float* q;
+
+  Vector operator()(Vector x, int64_t c, int64_t exist = Isa::kLanes) const {  // of channels c, c + 1, ...
+    const auto of = [&](const float* vector) { return load_up_to(vector + c, exist); };
+    return Isa::multiply_add(Isa::sub(x, of(mean)), of(q), of(p));
+  }
+};
 
 // z = relu(affine(x)) of `channels` channels of one pixel, and zeros up to `padded`.
 template <class Store, class Element>

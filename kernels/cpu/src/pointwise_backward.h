@@ -55,18 +55,17 @@ void norm_relu_backward(const PointwiseGradArgs& p, const Team& team, const Norm
         for (int64_t v = 0; v < 2 * padded; v += Isa::kLanes) add_to(sum + v, Isa::load(s1 + v));
       }
   });
-  std::vector<float> through(2 * padded);
-  float* const through_p = through.data();
+  std::vector<float> vectors(2 * padded);
+  float* const through_p = vectors.data();
   float* const through_q = through_p + padded;
   norm_gradients(sums, norm, rows * p.width, c, padded, p.norm_weight, p.norm_bias, through_p, through_q);
   if (p.batch && p.add_up != nullptr) p.add_up(through_p, through_q, c);
+  const ThroughStatistics through{norm.mean, through_p, through_q};
   team.run(rows, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       for_each(row, 0, p.width, [&](int64_t at, int64_t v, int64_t exist, Vector value, Vector da) {
         const Vector scaled = Isa::mul(da, Isa::load(norm.scale + v));
-        const Vector passed = through_statistics(value, Isa::load(norm.mean + v), Isa::load(through_p + v),
-                                                 Isa::load(through_q + v));
-        store_up_to(static_cast<Store*>(p.dx) + at, p.batch ? Isa::add(scaled, passed) : scaled, exist);
+        store_up_to(static_cast<Store*>(p.dx) + at, p.batch ? Isa::add(scaled, through(value, v)) : scaled, exist);
       });
   });
 }

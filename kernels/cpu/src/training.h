@@ -322,26 +322,43 @@ class TrainingBlock {
                   const PixelPanels<Word>& z, double* s1, double* s2) {
     constexpr int64_t e = Word::kElements;
     constexpr int64_t kTogether = 8;  // pixels between a load and a store of the sums
+    const int64_t stride = channels_;
     for (int64_t block = 0; block < rows; block += kTogether)
       for (int64_t v = 0; v < width; v += Isa::kLanes) {
         const int64_t channel = start + v, exist = c - channel;
-        const Vector scale = Isa::load(norm1_.scale + channel), mean = Isa::load(norm1_.mean + channel);
+        const Store* const x = x_ + first * stride + channel;
+        const Gradient* const arriving = arriving_ + first * stride + channel;
+        Gradient* const grad = grad_ + first * stride + channel;
+        const Vector scale = Isa::load(norm1_.scale + channel), shift = Isa::load(norm1_.shift + channel);
+        const Vector mean = Isa::load(norm1_.mean + channel);
         Vector sum1 = Isa::zero(), sum2 = Isa::zero();
-        for (int64_t row = block; row < std::min(rows, block + kTogether); row += e) {
-          Vector activated[e] = {};
-          for (int64_t i = 0; i < std::min(e, rows - row); ++i) {
-            const int64_t element = (first + row + i) * channels_ + channel;
-            __builtin_prefetch(x_ + element + kAhead * channels_);
-            __builtin_prefetch(arriving_ + element + kAhead * channels_);
-            const Vector value = load_up_to(x_ + element, exist), g = load_up_to(arriving_ + element, exist);
-            activated[i] = norm1_(value, channel);
-            const Vector da = Isa::where_positive(activated[i], Isa::load(dz + (row + i) * width + v));
-            store_up_to(grad_ + element, Isa::multiply_add(da, scale, g), exist);
-            sum1 = Isa::add(sum1, da);
-            sum2 = Isa::multiply_add(da, Isa::sub(value, mean), sum2);
+        const auto undo = [&](int64_t row, auto whole) {
+          const int64_t count = decltype(whole)::value ? Isa::kLanes : exist;
+          __builtin_prefetch(x + (row + kAhead) * stride);
+          __builtin_prefetch(arriving + (row + kAhead) * stride);
+          const Vector value = load_up_to(x + row * stride, count);
+          const Vector activated = Isa::relu(Isa::multiply_add(value, scale, shift));
+          const Vector da = Isa::where_positive(activated, Isa::load(dz + row * width + v));
+          const Vector g = load_up_to(arriving + row * stride, count);
+          store_up_to(grad + row * stride, Isa::multiply_add(da, scale, g), count);
+          sum1 = Isa::add(sum1, da);
+          sum2 = Isa::multiply_add(da, Isa::sub(value, mean), sum2);
+          return activated;
+        };
+        const auto undo_all = [&](auto whole) {
+          const int64_t end = std::min(rows, block + kTogether);
+          int64_t row = block;
+          for (; row + e <= end; row += e) {
+            Vector activated[e];
+            for (int64_t i = 0; i < e; ++i) activated[i] = undo(row + i, whole);
+            z.store(row / e, v, activated);
           }
-          z.store(row / e, v, activated);
-        }
+          if (row == end) return;
+          Vector last[e] = {undo(row, whole)};
+          z.store(row / e, v, last);
+        };
+        if (exist >= Isa::kLanes) undo_all(std::true_type());
+        else undo_all(std::false_type());
         add_to(s1 + channel, sum1);
         add_to(s2 + channel, sum2);
       }
@@ -349,42 +366,45 @@ class TrainingBlock {
 
   // The gradient of h, of some pixels.
   void make_dh(const TrainingLayer& layer, int64_t first, int64_t rows, Element* dh) const {
-    const auto* const h = static_cast<const Round*>(layer.bottleneck);
-    const float* const p = own_through_.data();
-    const float* const q = p + own_through_.size() / 2;
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t at = first + row;
-      write_row(dh + row * hidden_padded_, hidden_, hidden_padded_, layer.bottleneck_mask, at, [&](int64_t v) {
-        const Vector scaled = Isa::mul(Isa::load(da_ + at * hidden_columns_ + v), Isa::load(norm2_.scale + v));
-        const Vector through = through_statistics(load_up_to(h + at * hidden_ + v, hidden_ - v),
-                                                  Isa::load(norm2_.mean + v), Isa::load(p + v), Isa::load(q + v));
-        return layer.batch2 ? Isa::add(scaled, through) : scaled;
+    const int64_t hidden = hidden_, columns = hidden_columns_;
+    const auto* const h = static_cast<const Round*>(layer.bottleneck) + first * hidden;
+    const Element* const da = da_ + first * columns;
+    const float* const scale = norm2_.scale;
+    const ThroughStatistics through{norm2_.mean, own_through_.data(), own_through_.data() + own_through_.size() / 2};
+    const bool with_batch = layer.batch2 != 0;
+    for (int64_t row = 0; row < rows; ++row)
+      write_row(dh + row * hidden_padded_, hidden, hidden_padded_, layer.bottleneck_mask, first + row, [=](int64_t v) {
+        const Vector scaled = Isa::mul(Isa::load(da + row * columns + v), Isa::load(scale + v));
+        const Vector passed = through(load_up_to(h + row * hidden + v, hidden - v), v);
+        return with_batch ? Isa::add(scaled, passed) : scaled;
       });
-    }
   }
 
   void make_dx() {
     const int64_t c0 = p_.input_channels;
     with_element_type(p_.dx_dtype, [&](auto* type) {
       using Element = std::remove_pointer_t<decltype(type)>;
-      team_.run(pixels_, [&](int64_t begin, int64_t end) {
-        for (int64_t at = begin; at < end; ++at) {
-          Element* const target = static_cast<Element*>(p_.dx) + at * c0;
-          for (int64_t v = 0; v < c0; v += Isa::kLanes) store_up_to(target + v, true_gradient(at, v, c0 - v), c0 - v);
-        }
+      auto* const dx = static_cast<Element*>(p_.dx);
+      team_.run(pixels_, [this, c0, dx](int64_t begin, int64_t end) {
+        const auto gradient = true_gradient(0);
+        for (int64_t at = begin; at < end; ++at)
+          for (int64_t v = 0; v < c0; v += Isa::kLanes) store_up_to(dx + at * c0 + v, gradient(at, v, c0 - v), c0 - v);
       });
     });
   }
 
-  // G + P + Q (x - mean) of kLanes channels of a pixel, or of those that exist.
-  Vector true_gradient(int64_t at, int64_t channel, int64_t exist) const {
-    const float* const p = through_.data() + channel;
-    const float* const q = p + through_.size() / 2;
-    const Vector x = load_up_to(x_ + at * channels_ + channel, exist);
-    const Vector g = load_up_to(arriving_ + at * channels_ + channel, exist);
-    const Vector through =
-        through_statistics(x, load_up_to(p_.mean + channel, exist), load_up_to(p, exist), load_up_to(q, exist));
-    return shares_statistics_ ? Isa::add(g, through) : g;
+  // G + P + Q (x - mean) of kLanes channels of a pixel, or of those that exist: a function of the pixel, the channel,
+  // from `first`, and how many exist.
+  auto true_gradient(int64_t first) const {
+    const float* const p = through_.data() + first;
+    const ThroughStatistics through{p_.mean + first, p, p + through_.size() / 2};
+    const Store* const x = x_ + first;
+    const Gradient* const arriving = arriving_ + first;
+    return [=, stride = channels_, with_batch = shares_statistics_](int64_t at, int64_t channel, int64_t exist) {
+      const int64_t element = at * stride + channel;
+      const Vector g = load_up_to(arriving + element, exist);
+      return with_batch ? Isa::add(g, through(load_up_to(x + element, exist), channel, exist)) : g;
+    };
   }
 
   // The gradients of the norm at hand; what its statistics let through goes to `own_through_`.
@@ -543,12 +563,15 @@ class TrainingBlock {
   }
 
   const Element* make_dy(int64_t i, const Place& place, const Window<Word>& window) const {
-    const int64_t c = channels(i), k = p_.growth_rate;
-    return fill(place, window, Scratch::of_this_thread().dy, [&](int64_t at, Element* target) {
-      prefetch(x_ + (at + kAhead) * channels_ + c, k);
-      prefetch(arriving_ + (at + kAhead) * channels_ + c, k);
-      write_row(target, k, window.channels, p_.layer[i].growth_mask, at,
-                [&](int64_t v) { return true_gradient(at, c + v, k - v); });
+    const int64_t c = channels(i), k = p_.growth_rate, stride = channels_, padded = window.channels;
+    const Store* const x = x_ + c;
+    const Gradient* const arriving = arriving_ + c;
+    const uint8_t* const mask = p_.layer[i].growth_mask;
+    const auto gradient = true_gradient(c);
+    return fill(place, window, Scratch::of_this_thread().dy, [=](int64_t at, Element* target) {
+      prefetch(x + (at + kAhead) * stride, k);
+      prefetch(arriving + (at + kAhead) * stride, k);
+      write_row(target, k, padded, mask, at, [=](int64_t v) { return gradient(at, v, k - v); });
     });
   }
 
