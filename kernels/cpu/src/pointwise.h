@@ -30,11 +30,26 @@ struct AveragePool {
 
   float share() const { return of_volumes() ? 0.125f : of_sequences() ? 0.5f : 0.25f; }  // of a pixel in what it makes
 
-  // relu(affine(x)) from a corner on, of kLanes of a pixel's channels or of those that exist.
+  // Asks for a vector of each of the pixels from a corner on.
   template <class Store>
-  Vector average(const Store* corner, int64_t channels, int64_t c, const Affine& norm) const {
+  [[gnu::always_inline]] void prefetch(const Store* corner, int64_t channels) const {
+    const int64_t below = of_sequences() ? 0 : width * channels, behind = of_volumes() ? height * width * channels : 0;
+    for (const Store* const row : {corner, corner + below, corner + behind, corner + behind + below}) {
+      __builtin_prefetch(row);
+      __builtin_prefetch(row + channels);
+    }
+  }
+
+  // relu(affine(x)) from a corner on, of kLanes of a pixel's channels or of those that exist. Shows use(x, relu(..)) what
+  // it is the average of.
+  template <class Store, class Use>
+  Vector average(const Store* corner, int64_t channels, int64_t c, const Affine& norm, const Use& use) const {
     const int64_t below = width * channels, behind = height * below;
-    const auto at = [&](int64_t step) { return norm(load_up_to(corner + step + c, channels - c), c); };
+    const auto at = [&](int64_t step) {
+      const Vector x = load_up_to(corner + step + c, channels - c), activated = norm(x, c);
+      use(x, activated);
+      return activated;
+    };
     const auto of_row = [&](int64_t step) { return Isa::add(at(step), at(step + channels)); };
     Vector sum = of_row(0);
     if (!of_sequences()) sum = Isa::add(sum, of_row(below));
@@ -65,7 +80,7 @@ void transition(const TransitionArgs& p, ParallelFor parallel_for) {
           rows, k, columns, p.conv, [&](int64_t row, int64_t start, int64_t depth, Element* z) {
             const Store* const corner = x + pool.corner(first + row) * p.channels;
             for (int64_t c = 0; c < depth; c += Isa::kLanes)
-              Isa::store(z + c, pool.average(corner, p.channels, start + c, norm));
+              Isa::store(z + c, pool.average(corner, p.channels, start + c, norm, [](Vector, Vector) {}));
           });
       for (int64_t row = 0; row < rows; ++row)
         store_row<Round>(y + row * columns, p.out_channels, out + (first + row) * p.out_channels);

@@ -18,55 +18,33 @@ inline void norm_gradients(const Sums<double>& sums, const Normalization& norm, 
   }
 }
 
-// Gradients of z = relu(norm(x)): a pass for the sums and one for dx. dz(slice, y, x) gives that of z at a pixel, as a
-// function of a channel and how many exist from there.
+// dx of z = relu(norm(x)), and the norm's gradients, from its sums over all pixels. dz(slice, y, x) gives the gradient of
+// z at a pixel, as a function of a channel and how many exist from there.
 template <class Store, class Dz>
-void norm_relu_backward(const PointwiseGradArgs& p, const Team& team, const Normalization& norm, const Dz& dz) {
+void norm_relu_backward(const PointwiseGradArgs& p, const Team& team, const Normalization& norm,
+                        const Sums<double>& sums, const Dz& dz) {
   const int64_t c = p.channels, padded = round_up(c, Isa::kLanes);
   const int64_t rows = p.images * p.depth * p.height;
-  const auto* const x = static_cast<const Store*>(p.x);
-  const auto for_each = [&](int64_t row, int64_t first, int64_t last, const auto& use) {
-    const int64_t slice = row / p.height, y = row % p.height;  // use(element, channel, how many exist, x, da)
-    for (int64_t j = first; j < last; ++j) {
-      const int64_t pixel = (row * p.width + j) * c;
-      const auto dz_of_pixel = dz(slice, y, j);
-      for (int64_t v = 0; v < padded; v += Isa::kLanes) {
-        const Vector value = load_up_to(x + pixel + v, c - v);
-        use(pixel + v, v, c - v, value, Isa::where_positive(norm(value, v), dz_of_pixel(v, c - v)));
-      }
-    }
-  };
-  prefer_huge_pages(p.dx, rows * p.width * c * sizeof(Store));
-  Sums<double> sums;
-  sums.begin(team.threads, 2 * padded);
-  team.run_parts(team.threads, rows, [&](int64_t slot, int64_t begin, int64_t end) {
-    double* const sum = sums.clear(slot);
-    float* const s1 = Scratch::of_this_thread().row.get<float>(2 * padded);  // of some pixels of a row
-    float* const s2 = s1 + padded;
-    for (int64_t row = begin; row < end; ++row)
-      for (int64_t first = 0; first < p.width; first += kSummedInFloats) {
-        std::memset(s1, 0, 2 * padded * sizeof(float));
-        const int64_t last = std::min(p.width, first + kSummedInFloats);
-        for_each(row, first, last, [&](int64_t, int64_t v, int64_t, Vector value, Vector da) {
-          const Vector centred = Isa::sub(value, Isa::load(norm.mean + v));
-          Isa::store(s1 + v, Isa::add(Isa::load(s1 + v), da));
-          Isa::store(s2 + v, Isa::multiply_add(da, centred, Isa::load(s2 + v)));
-        });
-        for (int64_t v = 0; v < 2 * padded; v += Isa::kLanes) add_to(sum + v, Isa::load(s1 + v));
-      }
-  });
   std::vector<float> vectors(2 * padded);
   float* const through_p = vectors.data();
   float* const through_q = through_p + padded;
   norm_gradients(sums, norm, rows * p.width, c, padded, p.norm_weight, p.norm_bias, through_p, through_q);
   if (p.batch && p.add_up != nullptr) p.add_up(through_p, through_q, c);
   const ThroughStatistics through{norm.mean, through_p, through_q};
+  prefer_huge_pages(p.dx, rows * p.width * c * sizeof(Store));
   team.run(rows, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
-      for_each(row, 0, p.width, [&](int64_t at, int64_t v, int64_t exist, Vector value, Vector da) {
-        const Vector scaled = Isa::mul(da, Isa::load(norm.scale + v));
-        store_up_to(static_cast<Store*>(p.dx) + at, p.batch ? Isa::add(scaled, through(value, v)) : scaled, exist);
-      });
+      for (int64_t j = 0; j < p.width; ++j) {
+        const auto dz_of_pixel = dz(row / p.height, row % p.height, j);
+        const Store* const x = static_cast<const Store*>(p.x) + (row * p.width + j) * c;
+        Store* const dx = static_cast<Store*>(p.dx) + (row * p.width + j) * c;
+        for (int64_t v = 0; v < padded; v += Isa::kLanes) {
+          const Vector value = load_up_to(x + v, c - v);
+          const Vector da = Isa::where_positive(norm(value, v), dz_of_pixel(v, c - v));
+          const Vector scaled = Isa::mul(da, Isa::load(norm.scale + v));
+          store_up_to(dx + v, p.batch ? Isa::add(scaled, through(value, v)) : scaled, c - v);
+        }
+      }
   });
 }
 
@@ -91,28 +69,47 @@ void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
   float* const dpooled = dpooled_memory.get<float>(pixels * columns);
   Sums<float> weight_sums;
   weight_sums.begin(team.threads, p.conv_weight != nullptr ? weight_sum_size(k, columns) : 0);
+  Sums<double> sums;
+  sums.begin(team.threads, 2 * columns);
 
   team.run_parts(team.threads, strips, [&](int64_t slot, int64_t begin, int64_t end) {
     [[maybe_unused]] const typename Isa::Session session;
     float* const weight_sum = p.conv_weight != nullptr ? weight_sums.clear(slot) : nullptr;
+    double* const sum = sums.clear(slot);
     Element* const dy = Scratch::of_this_thread().dy.get<Element>(kGradientStrip<Word> * k_padded);
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t first = pixels * strip / strips, rows = pixels * (strip + 1) / strips - first;
-      for (int64_t row = 0; row < rows; ++row)
+      int64_t corners[kGradientStrip<Word>];
+      for (int64_t row = 0; row < rows; ++row) {
+        corners[row] = pool.corner(first + row);
         for (int64_t v = 0; v < k_padded; v += Isa::kLanes)
           Isa::store(dy + row * k_padded + v, load_up_to(grad_out + (first + row) * k + v, k - v));
+      }
       const auto use = [&](int64_t start, int64_t width, const float* dz, const PixelPanels<Word>& z) {
-        for (int64_t row = 0; row < rows; ++row) {
-          float* const target = dpooled + (first + row) * columns + start;
-          for (int64_t v = 0; v < width; v += Isa::kLanes)
-            Isa::store(target + v, Isa::mul(share, Isa::load(dz + row * width + v)));
-        }
-        for (int64_t row = 0; weight_sum != nullptr && row < rows; row += e)
+        constexpr int64_t kTogether = 4;  // pooled pixels between a load and a store of the sums
+        constexpr int64_t kAhead = 8;     // pooled pixels, whose pixels are asked for before they are read
+        for (int64_t block = 0; block < rows; block += kTogether)
           for (int64_t v = 0; v < width; v += Isa::kLanes) {
-            Vector pooled[e] = {};
-            for (int64_t i = 0; i < std::min(e, rows - row); ++i)
-              pooled[i] = pool.average(x + pool.corner(first + row + i) * c, c, start + v, norm);
-            z.store(row / e, v, pooled);
+            const int64_t channel = start + v;
+            const Vector mean = Isa::load(norm.mean + channel);
+            Vector sum1 = Isa::zero(), sum2 = Isa::zero();
+            for (int64_t row = block; row < std::min(rows, block + kTogether); row += e) {
+              Vector pooled[e] = {};
+              for (int64_t i = 0; i < std::min(e, rows - row); ++i) {
+                const Store* const corner = x + corners[row + i] * c;
+                pool.prefetch(x + corners[std::min(row + i + kAhead, rows - 1)] * c + channel, c);
+                const Vector dpixel = Isa::mul(share, Isa::load(dz + (row + i) * width + v));
+                Isa::store(dpooled + (first + row + i) * columns + channel, dpixel);
+                pooled[i] = pool.average(corner, c, channel, norm, [&](Vector value, Vector activated) {
+                  const Vector da = Isa::where_positive(activated, dpixel);
+                  sum1 = Isa::add(sum1, da);
+                  sum2 = Isa::multiply_add(da, Isa::sub(value, mean), sum2);
+                });
+              }
+              z.store(row / e, v, pooled);
+            }
+            add_to(sum + channel, sum1);
+            add_to(sum + columns + channel, sum2);
           }
       };
       undo_multiply<Word>(dy, rows, k, k_padded, w, columns, weight_sum, use);
@@ -120,7 +117,7 @@ void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
   });
   if (p.conv_weight != nullptr) finish_conv1(weight_sums, k, c, team, p.conv_weight);
 
-  norm_relu_backward<Store>(p, team, norm, [&](int64_t slice, int64_t y, int64_t at) {
+  norm_relu_backward<Store>(p, team, norm, sums, [&](int64_t slice, int64_t y, int64_t at) {
     const int64_t pooled = pool.pooled(slice, y, at);
     const float* const from = pooled >= 0 ? dpooled + pooled * columns : nullptr;
     return [from](int64_t v, int64_t) { return from != nullptr ? Isa::load(from + v) : Isa::zero(); };
@@ -142,24 +139,37 @@ void stem_tail_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
   };
   Buffer memory;  // the place of each window's first maximum
   Float16* const places = memory.get<Float16>(p.images * depth * height * width * padded);
-  team.run(p.images * depth * height, [&](int64_t begin, int64_t end) {
+  Sums<double> sums;  // a window's gradient is that of its maximum
+  sums.begin(team.threads, 2 * padded);
+  team.run_parts(team.threads, p.images * depth * height, [&](int64_t slot, int64_t begin, int64_t end) {
+    double* const sum = sums.clear(slot);
+    float* const few = Scratch::of_this_thread().row.get<float>(2 * padded);  // the sums of some windows of a row
     for (int64_t row = begin; row < end; ++row) {
       const int64_t image = row / height / depth, k = row / height % depth, i = row % height;
       const MaxPoolRange slices(k, p.depth), rows(i, p.height);
       for (int64_t j = 0; j < width; ++j) {
+        if (j % kSummedInFloats == 0) std::memset(few, 0, 2 * padded * sizeof(float));
         const MaxPoolRange across(j, p.width);
+        const int64_t window = row * width + j;
         for (int64_t v = 0; v < padded; v += Isa::kLanes) {
-          Vector best = Isa::broadcast(-1), place = Isa::zero();  // a ReLU makes no less than 0
+          Vector best = Isa::broadcast(-1), from = Isa::zero(), place = Isa::zero();  // a ReLU makes no less than 0
           for (int64_t z = slices.first; z < slices.last; ++z)
             for (int64_t y = rows.first; y < rows.last; ++y)
               for (int64_t at = across.first; at < across.last; ++at) {
                 const Store* const pixel = x + (((image * p.depth + z) * p.height + y) * p.width + at) * c;
-                const Vector value = norm(load_up_to(pixel + v, c - v), v);
-                place = Isa::where_greater(value, best, Isa::broadcast(place_of(z, y, at, k, i, j)), place);
-                best = Isa::where_greater(value, best, value, best);
+                const Vector value = load_up_to(pixel + v, c - v), activated = norm(value, v);
+                place = Isa::where_greater(activated, best, Isa::broadcast(place_of(z, y, at, k, i, j)), place);
+                from = Isa::where_greater(activated, best, value, from);
+                best = Isa::where_greater(activated, best, activated, best);
               }
-          Isa::store(places + (row * width + j) * padded + v, place);
+          Isa::store(places + window * padded + v, place);
+          const Vector da = Isa::where_positive(best, load_up_to(grad_out + window * c + v, c - v));
+          const Vector centred = Isa::sub(from, Isa::load(norm.mean + v));
+          Isa::store(few + v, Isa::add(Isa::load(few + v), da));
+          Isa::store(few + padded + v, Isa::multiply_add(da, centred, Isa::load(few + padded + v)));
         }
+        if ((j + 1) % kSummedInFloats == 0 || j + 1 == width)
+          for (int64_t v = 0; v < 2 * padded; v += Isa::kLanes) add_to(sum + v, Isa::load(few + v));
       }
     }
   });
@@ -168,7 +178,7 @@ void stem_tail_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
     const Store* grad_out;
     Vector mine;  // the pixel's place
   };
-  norm_relu_backward<Store>(p, team, norm, [&](int64_t slice, int64_t y, int64_t at) {
+  norm_relu_backward<Store>(p, team, norm, sums, [&](int64_t slice, int64_t y, int64_t at) {
     const int64_t image = slice / p.depth, z = slice % p.depth;
     std::array<Window, 8> windows;
     int count = 0;
@@ -192,12 +202,36 @@ void stem_tail_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
 
 template <class Store>
 void head_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
-  const Vector share = Isa::broadcast(1 / static_cast<float>(p.depth * p.height * p.width));
+  constexpr int64_t kTogether = 8;  // pixels between a load and a store of the sums
+  const Team team{parallel_for, p.threads};
+  const int64_t pixels = p.depth * p.height * p.width, c = p.channels, padded = round_up(c, Isa::kLanes);
+  const auto* const x = static_cast<const Store*>(p.x);
+  const auto* const grad_out = static_cast<const Store*>(p.grad_out);
+  const Vector share = Isa::broadcast(1 / static_cast<float>(pixels));
   Normalization norm;
-  norm.set(p.norm, p.channels, round_up(p.channels, Isa::kLanes));
-  norm_relu_backward<Store>(
-      p, Team{parallel_for, p.threads}, norm, [&](int64_t slice, int64_t, int64_t) {
-        const auto* const dout = static_cast<const Store*>(p.grad_out) + slice / p.depth * p.channels;
-        return [dout, share](int64_t v, int64_t exist) { return Isa::mul(share, load_up_to(dout + v, exist)); };
-      });
+  norm.set(p.norm, c, padded);
+  Sums<double> sums;
+  sums.begin(team.threads, 2 * padded);
+  team.run_parts(team.threads, p.images, [&](int64_t slot, int64_t begin, int64_t end) {
+    double* const sum = sums.clear(slot);
+    for (int64_t image = begin; image < end; ++image)
+      for (int64_t first = 0; first < pixels; first += kTogether)
+        for (int64_t v = 0; v < padded; v += Isa::kLanes) {
+          const Vector dz = Isa::mul(share, load_up_to(grad_out + image * c + v, c - v));
+          const Vector mean = Isa::load(norm.mean + v);
+          Vector sum1 = Isa::zero(), sum2 = Isa::zero();
+          for (int64_t at = first; at < std::min(pixels, first + kTogether); ++at) {
+            const Vector value = load_up_to(x + (image * pixels + at) * c + v, c - v);
+            const Vector da = Isa::where_positive(norm(value, v), dz);
+            sum1 = Isa::add(sum1, da);
+            sum2 = Isa::multiply_add(da, Isa::sub(value, mean), sum2);
+          }
+          add_to(sum + v, sum1);
+          add_to(sum + padded + v, sum2);
+        }
+  });
+  norm_relu_backward<Store>(p, team, norm, sums, [&](int64_t slice, int64_t, int64_t) {
+    const Store* const dout = grad_out + slice / p.depth * c;
+    return [dout, share](int64_t v, int64_t exist) { return Isa::mul(share, load_up_to(dout + v, exist)); };
+  });
 }
