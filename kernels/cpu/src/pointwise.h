@@ -40,8 +40,8 @@ struct AveragePool {
     }
   }
 
-  // relu(affine(x)) from a corner on, of kLanes of a pixel's channels or of those that exist. Shows use(x, relu(..)) what
-  // it is the average of.
+  // relu(affine(x)) from a corner on, of kLanes of a pixel's channels or of those that exist. What it is the average of
+  // is shown to use(x, relu(affine(x))).
   template <class Store, class Use>
   Vector average(const Store* corner, int64_t channels, int64_t c, const Affine& norm, const Use& use) const {
     const int64_t below = width * channels, behind = height * below;

@@ -18,8 +18,8 @@ inline void norm_gradients(const Sums<double>& sums, const Normalization& norm, 
   }
 }
 
-// dx of z = relu(norm(x)), and the norm's gradients, from its sums over all pixels. dz(slice, y, x) gives the gradient of
-// z at a pixel, as a function of a channel and how many exist from there.
+// dx of z = relu(norm(x)), and the norm's gradients, from its sums over all pixels. dz(slice, y, x) gives the gradient
+// of z at a pixel, as a function of a channel and how many exist from there.
 template <class Store, class Dz>
 void norm_relu_backward(const PointwiseGradArgs& p, const Team& team, const Normalization& norm,
                         const Sums<double>& sums, const Dz& dz) {

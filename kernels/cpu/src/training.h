@@ -326,13 +326,14 @@ class TrainingBlock {
     for (int64_t block = 0; block < rows; block += kTogether)
       for (int64_t v = 0; v < width; v += Isa::kLanes) {
         const int64_t channel = start + v, exist = c - channel;
+        // Not members: for all that a compiler knows, a vector's store changes those.
         const Store* const x = x_ + first * stride + channel;
         const Gradient* const arriving = arriving_ + first * stride + channel;
         Gradient* const grad = grad_ + first * stride + channel;
         const Vector scale = Isa::load(norm1_.scale + channel), shift = Isa::load(norm1_.shift + channel);
         const Vector mean = Isa::load(norm1_.mean + channel);
         Vector sum1 = Isa::zero(), sum2 = Isa::zero();
-        const auto undo = [&](int64_t row, auto whole) {
+        const auto undo = [&](int64_t row, auto whole) {  // whether all of a vector's channels exist
           const int64_t count = decltype(whole)::value ? Isa::kLanes : exist;
           __builtin_prefetch(x + (row + kAhead) * stride);
           __builtin_prefetch(arriving + (row + kAhead) * stride);
@@ -354,7 +355,7 @@ class TrainingBlock {
             z.store(row / e, v, activated);
           }
           if (row == end) return;
-          Vector last[e] = {undo(row, whole)};
+          Vector last[e] = {undo(row, whole)};  // and zeros
           z.store(row / e, v, last);
         };
         if (exist >= Isa::kLanes) undo_all(std::true_type());
