@@ -91,8 +91,7 @@ void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
         for (int64_t block = 0; block < rows; block += kTogether)
           for (int64_t v = 0; v < width; v += Isa::kLanes) {
             const int64_t channel = start + v;
-            const Vector mean = Isa::load(norm.mean + channel);
-            Vector sum1 = Isa::zero(), sum2 = Isa::zero();
+            NormSums few(norm.mean + channel);
             for (int64_t row = block; row < std::min(rows, block + kTogether); row += e) {
               Vector pooled[e] = {};
               for (int64_t i = 0; i < std::min(e, rows - row); ++i) {
@@ -101,15 +100,12 @@ void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
                 const Vector dpixel = Isa::mul(share, Isa::load(dz + (row + i) * width + v));
                 Isa::store(dpooled + (first + row + i) * columns + channel, dpixel);
                 pooled[i] = pool.average(corner, c, channel, norm, [&](Vector value, Vector activated) {
-                  const Vector da = Isa::where_positive(activated, dpixel);
-                  sum1 = Isa::add(sum1, da);
-                  sum2 = Isa::multiply_add(da, Isa::sub(value, mean), sum2);
+                  few.add(value, Isa::where_positive(activated, dpixel));
                 });
               }
               z.store(row / e, v, pooled);
             }
-            add_to(sum + channel, sum1);
-            add_to(sum + columns + channel, sum2);
+            few.add_to(sum + channel, sum + columns + channel);
           }
       };
       undo_multiply<Word>(dy, rows, k, k_padded, w, columns, weight_sum, use);
@@ -169,7 +165,7 @@ void stem_tail_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
           Isa::store(few + padded + v, Isa::multiply_add(da, centred, Isa::load(few + padded + v)));
         }
         if ((j + 1) % kSummedInFloats == 0 || j + 1 == width)
-          for (int64_t v = 0; v < 2 * padded; v += Isa::kLanes) add_to(sum + v, Isa::load(few + v));
+          for (int64_t v = 0; v < 2 * padded; v += Isa::kLanes) add_wide(sum + v, Isa::load(few + v));
       }
     }
   });
@@ -218,16 +214,12 @@ void head_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
       for (int64_t first = 0; first < pixels; first += kTogether)
         for (int64_t v = 0; v < padded; v += Isa::kLanes) {
           const Vector dz = Isa::mul(share, load_up_to(grad_out + image * c + v, c - v));
-          const Vector mean = Isa::load(norm.mean + v);
-          Vector sum1 = Isa::zero(), sum2 = Isa::zero();
+          NormSums few(norm.mean + v);
           for (int64_t at = first; at < std::min(pixels, first + kTogether); ++at) {
             const Vector value = load_up_to(x + (image * pixels + at) * c + v, c - v);
-            const Vector da = Isa::where_positive(norm(value, v), dz);
-            sum1 = Isa::add(sum1, da);
-            sum2 = Isa::multiply_add(da, Isa::sub(value, mean), sum2);
+            few.add(value, Isa::where_positive(norm(value, v), dz));
           }
-          add_to(sum + v, sum1);
-          add_to(sum + padded + v, sum2);
+          few.add_to(sum + v, sum + padded + v);
         }
   });
   norm_relu_backward<Store>(p, team, norm, sums, [&](int64_t slice, int64_t, int64_t) {

@@ -128,7 +128,24 @@ class Sums {
   T* data_ = nullptr;
 };
 
-inline void add_to(double* sum, Vector v) { Isa::wide_store(sum, Isa::wide_add(Isa::wide_load(sum), v)); }
+inline void add_wide(double* sum, Vector v) { Isa::wide_store(sum, Isa::wide_add(Isa::wide_load(sum), v)); }
+
+// What the gradients of a norm's kLanes channels sum over pixels, few of them at a time: da, and da (x - mean).
+struct NormSums {
+  Vector mean, s1 = Isa::zero(), s2 = Isa::zero();
+
+  explicit NormSums(const float* mean) : mean(Isa::load(mean)) {}
+
+  void add(Vector x, Vector da) {
+    s1 = Isa::add(s1, da);
+    s2 = Isa::multiply_add(da, Isa::sub(x, mean), s2);
+  }
+
+  void add_to(double* to_s1, double* to_s2) const {
+    add_wide(to_s1, s1);
+    add_wide(to_s2, s2);
+  }
+};
 
 template <class Store>
 void channel_stats(const StatsArgs& p, ParallelFor parallel_for) {

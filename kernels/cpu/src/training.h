@@ -265,17 +265,14 @@ class TrainingBlock {
                 int64_t columns, double* s1, double* s2, const Use& use) {
     for (int64_t block = 0; block < p_.width; block += kSummedInFloats)
       for (int64_t v = 0; v < columns; v += Isa::kLanes) {
-        Vector sum1 = Isa::zero(), sum2 = Isa::zero();
-        const Vector mean = Isa::load(norm.mean + v);
+        NormSums sums(norm.mean + v);
         for (int64_t j = block; j < std::min(p_.width, block + kSummedInFloats); ++j) {
           const Vector value = load_up_to(x + j * stride + v, c - v);
           const Vector da = Isa::where_positive(norm(value, v), Isa::load(du + j * columns + v));
-          sum1 = Isa::add(sum1, da);
-          sum2 = Isa::multiply_add(da, Isa::sub(value, mean), sum2);
+          sums.add(value, da);
           use(j, v, da, c - v);
         }
-        add_to(s1 + v, sum1);
-        add_to(s2 + v, sum2);
+        sums.add_to(s1 + v, s2 + v);
       }
   }
 
@@ -331,8 +328,7 @@ class TrainingBlock {
         const Gradient* const arriving = arriving_ + first * stride + channel;
         Gradient* const grad = grad_ + first * stride + channel;
         const Vector scale = Isa::load(norm1_.scale + channel), shift = Isa::load(norm1_.shift + channel);
-        const Vector mean = Isa::load(norm1_.mean + channel);
-        Vector sum1 = Isa::zero(), sum2 = Isa::zero();
+        NormSums sums(norm1_.mean + channel);
         const auto undo = [&](int64_t row, auto whole) {  // whether all of a vector's channels exist
           const int64_t count = decltype(whole)::value ? Isa::kLanes : exist;
           __builtin_prefetch(x + (row + kAhead) * stride);
@@ -342,8 +338,7 @@ class TrainingBlock {
           const Vector da = Isa::where_positive(activated, Isa::load(dz + row * width + v));
           const Vector g = load_up_to(arriving + row * stride, count);
           store_up_to(grad + row * stride, Isa::multiply_add(da, scale, g), count);
-          sum1 = Isa::add(sum1, da);
-          sum2 = Isa::multiply_add(da, Isa::sub(value, mean), sum2);
+          sums.add(value, da);
           return activated;
         };
         const auto undo_all = [&](auto whole) {
@@ -360,8 +355,7 @@ class TrainingBlock {
         };
         if (exist >= Isa::kLanes) undo_all(std::true_type());
         else undo_all(std::false_type());
-        add_to(s1 + channel, sum1);
-        add_to(s2 + channel, sum2);
+        sums.add_to(s1 + channel, s2 + channel);
       }
   }
 
