@@ -19,9 +19,7 @@ struct Isa : Avx512BFloat16 {
   static constexpr int kStrip = 64;  // pixels; with fewer, B comes from L2 faster than it can
   static constexpr int kRun = 64;
   template <class Word>
-  static constexpr int kTrainingAlign = kAlign<Word>;
-  template <class Word>
-  static constexpr int kPixels = std::is_same_v<Word, BFloat16Word> ? 32 : 4;
+  static constexpr int kDepth = std::is_same_v<Word, BFloat16Word> ? 32 : 1;
 
   // Eight tiles of 16 rows of 64 bytes. oneDNN shares these threads, so they are set at each use. A constant: to GCC,
   // the instruction reads its first eight bytes alone, and it would drop the writes of the others.
@@ -47,11 +45,12 @@ struct Isa : Avx512BFloat16 {
 // 16 or 32 rows by 16 or 32 columns, over all of k: tiles 0-3 hold C, 4 and 5 A, 6 and 7 B. Every tile of A meets
 // both of B: four multiplies for four loads. The last rows of A may be anything; so are those of C, then.
 template <bool kTwoRows, bool kTwoColumns>
-void amx_tile(const Rows<BFloat16Word>& a, int64_t row, const BFloat16Word* b, int64_t b_run, int64_t k, float* c,
-              int64_t ldc, bool accumulate) {
+void amx_tile(const BFloat16Word* a, int64_t lda, const Taps& taps, const BFloat16Word* b, int64_t b_run, int64_t k,
+              float* c, int64_t ldc, bool accumulate) {
   constexpr int64_t kDepth = 16;  // words of k that a tile holds
   constexpr int64_t width = kTwoColumns ? 32 : 16;
-  const int64_t a_bytes = a.stride * 4, c_bytes = ldc * 4, b_bytes = width * 4;
+  const int64_t a_bytes = lda * 4, c_bytes = ldc * 4, b_bytes = width * 4;
+  asm volatile("" ::: "memory");  // GCC does not know that loading a tile reads memory
   if (accumulate) {
     _tile_loadd(0, c, c_bytes);
     if (kTwoColumns) _tile_loadd(1, c + 16, c_bytes);
@@ -63,10 +62,10 @@ void amx_tile(const Rows<BFloat16Word>& a, int64_t row, const BFloat16Word* b, i
     if (kTwoRows) _tile_zero(2);
     if (kTwoRows && kTwoColumns) _tile_zero(3);
   }
-  for (int64_t run = 0; run < a.taps.runs; ++run) {
-    const BFloat16Word* at = a.data + row * a.stride + a.taps.starts[run];
+  for (int64_t run = 0; run < taps.runs; ++run) {
+    const BFloat16Word* at = a + taps.starts[run];
     const BFloat16Word* next = b + run * b_run;
-    for (int64_t tap = 0; tap < a.taps.count; ++tap, at += a.taps.step)
+    for (int64_t tap = 0; tap < taps.count; ++tap, at += taps.step)
       for (int64_t i = 0; i < k; i += kDepth, next += kDepth * width) {
         _tile_loadd(6, next, b_bytes);
         _tile_loadd(4, at + i, a_bytes);
@@ -76,7 +75,7 @@ void amx_tile(const Rows<BFloat16Word>& a, int64_t row, const BFloat16Word* b, i
           _tile_dpbf16ps(1, 4, 7);
         }
         if (kTwoRows) {
-          _tile_loadd(5, at + 16 * a.stride + i, a_bytes);
+          _tile_loadd(5, at + 16 * lda + i, a_bytes);
           _tile_dpbf16ps(2, 5, 6);
           if (kTwoColumns) _tile_dpbf16ps(3, 5, 7);
         }
@@ -89,19 +88,25 @@ void amx_tile(const Rows<BFloat16Word>& a, int64_t row, const BFloat16Word* b, i
 }
 
 template <>
-void gemm<BFloat16Word>(const Rows<BFloat16Word>& a, const Panels<BFloat16Word>& b, float* c, bool accumulate) {
-  asm volatile("" ::: "memory");  // GCC does not know that loading a tile reads memory
-  for (int64_t column = 0; column < b.columns; column += Isa::kPanel) {
-    const bool two_columns = b.columns - column >= Isa::kPanel;
-    const BFloat16Word* const panel = b.data + column * b.depth + b.start * (two_columns ? 32 : 16);
-    for (int64_t row = 0; row < a.count; row += 32) {
-      const bool two_rows = a.count - row > 16;
-      const auto tile = two_rows ? (two_columns ? amx_tile<true, true> : amx_tile<true, false>)
-                                 : (two_columns ? amx_tile<false, true> : amx_tile<false, false>);
-      tile(a, row, panel, b.depth * b.columns, b.k, c + row * b.columns + column, b.columns, accumulate);
+struct GemmTiles<BFloat16Word> {
+  bool two_columns;
+
+  template <Layout kLayout>
+  static GemmTiles of(int64_t vectors) {
+    static_assert(kLayout == kByRows, "a column of pairs is no row of a tile");
+    return {vectors == 2};
+  }
+
+  template <class F>
+  void cover(int64_t rows, const F& tile) const {
+    for (int64_t row = 0; row < rows; row += 32) {
+      const bool two_rows = rows - row > 16;
+      tile(row, std::min<int64_t>(32, rows - row),
+           two_rows ? (two_columns ? amx_tile<true, true> : amx_tile<true, false>)
+                    : (two_columns ? amx_tile<false, true> : amx_tile<false, false>));
     }
   }
-}
+};
 
 #include "kernels.h"
 }  // namespace amx

@@ -15,11 +15,9 @@ struct Isa {
   static constexpr int kRows = 6;    // 6 x 2 accumulators, 2 of B and a broadcast: 15 of 16 registers
   static constexpr int kPanel = 16;
   template <class Word>
-  static constexpr int kAlign = 8;     // channels are padded to a multiple of it
+  static constexpr int kAlign = 8;   // inputs of weights packed once are padded to a multiple of it
   template <class Word>
-  static constexpr int kTrainingAlign = 8;  // the same in training
-  template <class Word>
-  static constexpr int kPixels = 4;     // pixels that are summed over are padded to a multiple of it
+  static constexpr int kDepth = Word::kElements;  // whatever else is summed over, the same
   static constexpr int kRowBlock = 1;  // rows of a product are padded to a multiple of it, with anything
   static constexpr int kStrip = 48;    // pixels whose prologue is made at once
   static constexpr int kRun = 1;       // pixels that a product of a 3x3 should have, over rows and their padding

@@ -6,10 +6,6 @@ struct Avx512BFloat16 : Avx512 {
   static constexpr bool kHasBFloat16 = true;
   template <class Word>
   static constexpr int kAlign = std::is_same_v<Word, BFloat16Word> ? 32 : 16;  // a vector, or a tile's row, of pairs
-  template <class Word>
-  static constexpr int kTrainingAlign = 16;  // where no prologue takes a vector of pairs
-  template <class Word>
-  static constexpr int kPixels = std::is_same_v<Word, BFloat16Word> ? 8 : 4;
 
   using Avx512::broadcast_word;
   using Avx512::load_words;

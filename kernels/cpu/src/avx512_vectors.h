@@ -8,11 +8,9 @@ struct Avx512 {
   static constexpr int kRows = 14;    // 14 x 2 accumulators, 2 of B and a broadcast: 31 of 32 registers
   static constexpr int kPanel = 32;
   template <class Word>
-  static constexpr int kAlign = 16;    // channels are padded to a multiple of it
+  static constexpr int kAlign = 16;   // inputs of weights packed once are padded to a multiple of it
   template <class Word>
-  static constexpr int kTrainingAlign = 16;  // the same in training
-  template <class Word>
-  static constexpr int kPixels = 4;     // pixels that are summed over are padded to a multiple of it
+  static constexpr int kDepth = Word::kElements;  // whatever else is summed over, the same
   static constexpr int kRowBlock = 1;  // rows of a product are padded to a multiple of it, with anything
   static constexpr int kStrip = 56;    // pixels whose prologue is made at once
   static constexpr int kRun = 1;       // pixels that a product of a 3x3 should have, over rows and their padding

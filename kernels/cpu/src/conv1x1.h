@@ -43,12 +43,15 @@ struct PixelPanels {
   Element* data;
   int64_t depth, columns;  // words, channels
 
+  Element* at(int64_t word, int64_t channel) const {
+    const int64_t panel = channel / I::kPanel * I::kPanel, width = std::min<int64_t>(I::kPanel, columns - panel);
+    return data + (panel * depth + word * width + channel - panel) * e;
+  }
+
   // kLanes channels of e pixels.
   void store(int64_t word, int64_t channel, const Vector (&z)[e]) const {
-    const int64_t panel = channel / I::kPanel * I::kPanel, width = std::min<int64_t>(I::kPanel, columns - panel);
-    Element* const target = data + (panel * depth + word * width + channel - panel) * e;
-    if constexpr (e == 2) I::store_pairs(target, z[0], z[1]);
-    else I::store(target, z[0]);
+    if constexpr (e == 2) I::store_pairs(at(word, channel), z[0], z[1]);
+    else I::store(at(word, channel), z[0]);
   }
 
   void clear(int64_t first, int64_t last) const {  // words
@@ -66,36 +69,37 @@ struct PixelPanels {
 
 inline constexpr int64_t kGradientChunk = 4 * Isa::kPanel;  // of a strip's channels that undo_multiply hands out
 
-template <class Word>
-inline constexpr int64_t kGradientStrip = 4 * Isa::kStrip;  // pixels at most that undo_multiply takes
+// Pixels of a strip in training, at most. A weight's gradient is loaded and stored once a strip, and W read.
+inline constexpr int64_t kTrainingStrip = 4 * Isa::kStrip;
 
-// A 1x1 convolution of a strip backwards, from dy [rows, k], of whose k channels `out` exist. Called for some of its
+// A 1x1 convolution of a strip backwards, from dy, `out` channels of pixels `stride` apart. Called for some of its
 // input channels, from `start`, use(start, width, dz, z) takes their gradient dz [rows, width] and writes the input
 // itself to z; from that the weight's gradient is added to weight_sum, unless it is null: [out, width] one after
-// another.
-template <class Word, class Use, class I = Isa>
-void undo_multiply(typename Word::Element* dy, int64_t rows, int64_t out, int64_t k, const void* packed,
-                   int64_t columns, float* weight_sum, const Use& use) {
+// another. While dz is made, ahead(row, rows, channel, channels) may ask for what they will need.
+template <class Word, class Use, class Ahead, class I = Isa>
+void undo_multiply(typename Word::Element* dy, int64_t rows, int64_t out, int64_t stride, const void* packed,
+                   int64_t columns, float* weight_sum, const Use& use, const Ahead& ahead) {
   using Element = typename Word::Element;
   constexpr int64_t e = Word::kElements;
-  constexpr int64_t kStride = kGradientStrip<Word> + 48;  // no power of two: rows would fall into few cache sets
-  const int64_t depth = round_up(rows, I::template kPixels<Word>) / e;
+  constexpr int64_t kStride = kTrainingStrip + 48;  // no power of two: rows would fall into few cache sets
+  const int64_t depth = depth_of<Word>(rows) / e, k = depth_of<Word>(out) / e;
   Scratch& scratch = Scratch::of_this_thread();
-  Element* const z = scratch.z.get<Element>(kGradientStrip<Word> * kGradientChunk);
-  float* const dz = scratch.product.get<float>(kGradientStrip<Word> * kGradientChunk);
-  Element* const transposed = scratch.gradient.get<Element>(e == 2 ? k * kStride : 0);
+  Element* const z = scratch.z.get<Element>(kTrainingStrip * kGradientChunk);
+  float* const dz = scratch.product.get<float>(kTrainingStrip * kGradientChunk);
+  Element* const transposed = scratch.gradient.get<Element>(e == 2 ? stride * kStride : 0);
   if (weight_sum != nullptr) {
     if constexpr (e == 2)
       for (int64_t row = 0; row < rows; row += I::kTransposed)
         for (int64_t v = 0; v < out; v += I::kLanes)
-          I::transpose(dy + row * k + v, k, rows - row, transposed + v * kStride + row, kStride);
-    else
-      std::memset(dy + rows * k, 0, (depth - rows) * k * sizeof(float));
+          I::transpose(dy + row * stride + v, stride, rows - row, transposed + v * kStride + row, kStride);
   }
   for (int64_t start = 0; start < columns; start += kGradientChunk) {
     const PixelPanels<Word> panels{z, depth, std::min(kGradientChunk, columns - start)};
-    gemm<Word>({reinterpret_cast<const Word*>(dy), k / e, rows},
-               {static_cast<const Word*>(packed) + start * (k / e), k / e, panels.columns, 0, k / e}, dz, false);
+    gemm<Word>({reinterpret_cast<const Word*>(dy), stride / e, rows},
+               {static_cast<const Word*>(packed) + start * k, k, panels.columns, 0, k}, dz, false,
+               [&](int64_t row, int64_t count, int64_t column, int64_t width) {
+                 ahead(row, count, start + column, width);
+               });
     use(start, panels.columns, dz, panels);
     if (weight_sum == nullptr) continue;
     panels.clear(ceil_div(rows, e), depth);
@@ -103,7 +107,7 @@ void undo_multiply(typename Word::Element* dy, int64_t rows, int64_t out, int64_
     if constexpr (e == 2)
       gemm<Word>({reinterpret_cast<const Word*>(transposed), kStride / e, out}, panels.panels(0, depth), sum, true);
     else
-      add_gemm<Word>({reinterpret_cast<const Word*>(dy), k, out}, panels.panels(0, depth), sum);
+      add_gemm<Word>({reinterpret_cast<const Word*>(dy), stride, out}, panels.panels(0, depth), sum);
   }
 }
 

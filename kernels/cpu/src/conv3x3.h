@@ -17,13 +17,13 @@ struct Window {
   static constexpr int64_t kEven = kIsWinograd<Word> ? 2 : 1;
   int64_t images, depth, height, width;
   int64_t reach_z, reach_y;  // 1; or 0, of z where images are flat, of y where they are sequences
-  int64_t channels;          // of a pixel, padded
-  int64_t stride;            // of the pixels in the buffer, in elements
+  int64_t channels;          // of a pixel, as a multiply takes them
+  int64_t stride;            // of the pixels in the buffer, in elements: whole vectors
 
   bool by_winograd() const { return kIsWinograd<Word> && reach_y > 0; }
   int64_t padded_depth() const { return depth + 2 * reach_z; }
   int64_t padded_height() const { return reach_y > 0 ? round_up(height, kEven) + 2 : height; }
-  int64_t padded_width() const { return round_up(width, reach_y > 0 ? kEven : Isa::template kPixels<Word>) + 2; }
+  int64_t padded_width() const { return round_up(width, reach_y > 0 ? kEven : Isa::template kDepth<Word>) + 2; }
   int64_t slice_size() const { return padded_height() * padded_width(); }
   int64_t slices() const { return images * depth; }
   int64_t rows() const { return slices() * height; }
@@ -64,8 +64,9 @@ void convolve_directly(const Window<Word>& window, const typename Word::Element*
   }
 }
 
-// V = B^T d B of one tile: place i of channel c at v[i * v_step + c].
-inline void transform_input(const Window<FloatWord>& window, const float* d, float* v, int64_t v_step) {
+// V = B^T d B of one tile: place i of channel c at v(c)[i * v_step].
+template <class Target>
+void transform_input(const Window<FloatWord>& window, const float* d, const Target& v, int64_t v_step) {
   for (int64_t c = 0; c < window.channels; c += Isa::kLanes) {
     Vector t[4][4];
 #pragma GCC unroll 4
@@ -79,7 +80,7 @@ inline void transform_input(const Window<FloatWord>& window, const float* d, flo
     }
 #pragma GCC unroll 4
     for (int y = 0; y < 4; ++y) {
-      float* const target = v + c + 4 * y * v_step;
+      float* const target = v(c) + 4 * y * v_step;
       Isa::store(target, Isa::sub(t[y][0], t[y][2]));
       Isa::store(target + v_step, Isa::add(t[y][1], t[y][2]));
       Isa::store(target + 2 * v_step, Isa::sub(t[y][2], t[y][1]));
@@ -88,14 +89,15 @@ inline void transform_input(const Window<FloatWord>& window, const float* d, flo
   }
 }
 
-// V of the tiles of bands [first, last), a tile every `stride` floats, from the slices dz behind theirs.
-inline void transform_inputs(const Window<FloatWord>& window, const float* u, int64_t dz, int64_t first, int64_t last,
-                             float* v, int64_t stride, int64_t v_step) {
-  for (int64_t band = first; band < last; ++band) {
+// V of the tiles of bands [first, last), from the slices dz behind theirs: place i at v(tile, channel)[i * v_step].
+template <class Target>
+void transform_inputs(const Window<FloatWord>& window, const float* u, int64_t dz, int64_t first, int64_t last,
+                      const Target& v, int64_t v_step) {
+  for (int64_t band = first, tile = 0; band < last; ++band) {
     const int64_t slice = band / window.bands_of_slice(), y = band % window.bands_of_slice() * 2;
-    const float* tile = u + (window.pixel(slice, y - 1, -1) + dz * window.slice_size()) * window.stride;
-    for (int64_t x = 0; x < window.tiles_across(); ++x, v += stride, tile += 2 * window.stride)
-      transform_input(window, tile, v, v_step);
+    const float* d = u + (window.pixel(slice, y - 1, -1) + dz * window.slice_size()) * window.stride;
+    for (int64_t x = 0; x < window.tiles_across(); ++x, ++tile, d += 2 * window.stride)
+      transform_input(window, d, [=](int64_t channel) { return v(tile, channel); }, v_step);
   }
 }
 
@@ -129,16 +131,19 @@ void convolve_by_winograd(const Window<FloatWord>& window, const float* u, const
                           int64_t first, int64_t last, const Sink& sink) {
   const int64_t across = window.tiles_across(), tiles = (last - first) * across;
   const int64_t summed = 2 * window.reach_z + 1, c = summed * window.channels;
-  const int64_t v_step = tiles * c + Isa::kLanes, m_step = tiles * columns + Isa::kLanes;
+  const int64_t part = round_up(window.channels, Isa::kLanes), stride = summed * part;
+  const int64_t v_step = tiles * stride + Isa::kLanes, m_step = tiles * columns + Isa::kLanes;
   const auto* const w = static_cast<const FloatWord*>(packed) + 9 * c * columns;
   Scratch& scratch = Scratch::of_this_thread();
   float* const v = scratch.z.get<float>(16 * v_step);
   float* const m = scratch.product.get<float>(16 * m_step);
   for (int64_t slice = 0; slice < summed; ++slice)
-    transform_inputs(window, u, slice - window.reach_z, first, last, v + slice * window.channels, c, v_step);
+    transform_inputs(
+        window, u, slice - window.reach_z, first, last,
+        [=](int64_t tile, int64_t channel) { return v + tile * stride + slice * part + channel; }, v_step);
   for (int64_t i = 0; i < 16; ++i)
-    gemm<FloatWord>({reinterpret_cast<const FloatWord*>(v + i * v_step), c, tiles},
-                    {w + i * c * columns, c, columns, 0, c}, m + i * m_step, false);
+    gemm<FloatWord>({reinterpret_cast<const FloatWord*>(v + i * v_step), stride, tiles, {summed, part}},
+                    {w + i * c * columns, c, columns, 0, window.channels}, m + i * m_step, false);
   for (int64_t band = first; band < last; ++band) {
     const int64_t slice = band / window.bands_of_slice(), y = band % window.bands_of_slice() * 2;
     const int64_t below = 2 * across * columns;
@@ -157,13 +162,11 @@ void convolve_by_winograd(const Window<FloatWord>& window, const float* u, const
   }
 }
 
-// A dY A^T of one tile: place i of channel n at the i-th `step` of a panel's row.
-inline void transform_gradient(const Window<FloatWord>& window, const float* dy, int64_t tile, int64_t depth, float* m,
-                               int64_t step) {
+// A dY A^T of one tile: place i of channel n at m[i * step + n].
+inline void transform_gradient(const Window<FloatWord>& window, const float* dy, float* m, int64_t step) {
   const int64_t below = window.padded_width() * window.stride;
   for (int64_t c = 0; c < window.channels; c += Isa::kLanes) {
-    const int64_t panel = c / Isa::kPanel * Isa::kPanel, width = std::min<int64_t>(Isa::kPanel, window.channels - panel);
-    float* target = m + panel * depth + tile * width + c - panel;
+    float* target = m + c;
     const Vector top[2] = {Isa::load(dy + c), Isa::load(dy + window.stride + c)};
     const Vector bottom[2] = {Isa::load(dy + below + c), Isa::load(dy + below + window.stride + c)};
     Vector t[4][2];
@@ -184,53 +187,50 @@ inline void transform_gradient(const Window<FloatWord>& window, const float* dy,
   }
 }
 
-// Adds a window's part of the weight's gradient in Winograd's places: [16, channels of u, channels of dy] for each of
-// the slices that are summed.
+// Adds a window's part of the weight's gradient in Winograd's places: [out, channels of u] for each of 16, and for each
+// of the slices that are summed.
 inline void add_weight_gradient_in_places(const Window<FloatWord>& u_window, const float* u,
-                                          const Window<FloatWord>& dy_window, const float* dy, float* sum) {
-  const int64_t tiles = u_window.bands() * u_window.tiles_across(), depth = round_up(tiles, 4);
-  const int64_t c = u_window.channels, columns = dy_window.channels;
-  const int64_t stride = c + Isa::kLanes;  // no power of two: a column of V would fall into few sets of the cache
-  const int64_t v_step = depth * stride + Isa::kLanes, m_step = depth * columns + Isa::kLanes;
+                                          const Window<FloatWord>& dy_window, const float* dy, int64_t out,
+                                          float* sum) {
+  const int64_t tiles = u_window.bands() * u_window.tiles_across(), c = u_window.stride, k = dy_window.stride;
+  const int64_t v_step = tiles * c + Isa::kLanes, m_step = tiles * k + Isa::kLanes;
   Scratch& scratch = Scratch::of_this_thread();
   float* const v = scratch.z.get<float>(16 * v_step);
   float* const m = scratch.gradient.get<float>(16 * m_step);
-  for (int64_t band = 0, tile = 0; band < dy_window.bands(); ++band)
-    for (int64_t x = 0; x < dy_window.tiles_across(); ++x, ++tile) {
+  float* next = m;
+  for (int64_t band = 0; band < dy_window.bands(); ++band)
+    for (int64_t x = 0; x < dy_window.tiles_across(); ++x, next += k) {
       const int64_t slice = band / dy_window.bands_of_slice(), y = band % dy_window.bands_of_slice() * 2;
-      transform_gradient(dy_window, dy + dy_window.pixel(slice, y, 2 * x) * dy_window.stride, tile, depth, m, m_step);
+      transform_gradient(dy_window, dy + dy_window.pixel(slice, y, 2 * x) * dy_window.stride, next, m_step);
     }
-  for (int64_t i = 0; i < 16; ++i) {
-    std::memset(v + i * v_step + tiles * stride, 0, (depth - tiles) * stride * sizeof(float));
-    for (int64_t panel = 0; panel < columns; panel += Isa::kPanel) {
-      const int64_t width = std::min<int64_t>(Isa::kPanel, columns - panel);
-      std::memset(m + i * m_step + panel * depth + tiles * width, 0, (depth - tiles) * width * sizeof(float));
-    }
-  }
+  const auto panels = [&](int64_t place) { return PixelPanels<FloatWord>{v + place * v_step, tiles, c}; };
   for (int64_t dz = -u_window.reach_z; dz <= u_window.reach_z; ++dz) {
-    transform_inputs(u_window, u, dz, 0, u_window.bands(), v, stride, v_step);
-    for (int64_t i = 0; i < 16; ++i, sum += c * columns)
-      add_gemm<FloatWord>({reinterpret_cast<const FloatWord*>(v + i * v_step), stride, c},
-                          {reinterpret_cast<const FloatWord*>(m + i * m_step), depth, columns, 0, depth}, sum);
+    transform_inputs(
+        u_window, u, dz, 0, u_window.bands(),
+        [to = panels(0)](int64_t tile, int64_t channel) { return to.at(tile, channel); }, v_step);
+    for (int64_t i = 0; i < 16; ++i, sum += weight_sum_size(out, c))
+      add_gemm<FloatWord>({reinterpret_cast<const FloatWord*>(m + i * m_step), k, out}, panels(i).panels(0, tiles),
+                          sum);
   }
 }
 
-// The same of sequences, by taps: [3, channels of u, channels of dy].
+// The same of sequences, by taps: the middle row of 9.
 inline void add_weight_gradient_of_sequences(const Window<FloatWord>& u_window, const float* u,
-                                             const Window<FloatWord>& dy_window, const float* dy, float* sum) {
-  const int64_t c = u_window.channels, columns = dy_window.channels, depth = dy_window.padded_width() - 2;
-  const PixelPanels<FloatWord> panels{Scratch::of_this_thread().gradient.get<float>(depth * columns), depth, columns};
+                                             const Window<FloatWord>& dy_window, const float* dy, int64_t out,
+                                             float* sum) {
+  const int64_t c = u_window.stride, width = u_window.padded_width();
+  const PixelPanels<FloatWord> panels{Scratch::of_this_thread().gradient.get<float>(width * c), width, c};
   for (int64_t sequence = 0; sequence < dy_window.slices(); ++sequence) {
-    const float* const gradient = dy + dy_window.pixel(sequence, 0, 0) * dy_window.stride;
-    for (int64_t x = 0; x < depth; ++x)
-      for (int64_t v = 0; v < columns; v += Isa::kLanes) {
-        const Vector values[1] = {Isa::load(gradient + x * dy_window.stride + v)};
+    const float* const first = u + u_window.pixel(sequence, 0, -1) * u_window.stride;
+    for (int64_t x = 0; x < width; ++x)
+      for (int64_t v = 0; v < c; v += Isa::kLanes) {
+        const Vector values[1] = {Isa::load(first + x * u_window.stride + v)};
         panels.store(x, v, values);
       }
-    const float* const first = u + u_window.pixel(sequence, 0, -1) * u_window.stride;
+    const float* const gradient = dy + dy_window.pixel(sequence, 0, 0) * dy_window.stride;
     for (int64_t tap = 0; tap < 3; ++tap)
-      add_gemm<FloatWord>({reinterpret_cast<const FloatWord*>(first + tap * u_window.stride), u_window.stride, c},
-                          panels.panels(0, depth), sum + tap * c * columns);
+      add_gemm<FloatWord>({reinterpret_cast<const FloatWord*>(gradient), dy_window.stride, out},
+                          panels.panels(tap, width - 2), sum + (3 + tap) * weight_sum_size(out, c));
   }
 }
 
@@ -268,7 +268,7 @@ void add_weight_gradient(const Window<Word>& dy_window, const typename Word::Ele
   using Element = typename Word::Element;
   constexpr int64_t e = Word::kElements;
   const PixelGrid grid{dy_window.slices(), dy_window.height, dy_window.width};
-  const int64_t pitch = grid.pitch(), depth = round_up(grid.size(), I::template kPixels<Word>);
+  const int64_t pitch = grid.pitch(), depth = round_up(grid.size(), I::template kDepth<Word>);
   Scratch& scratch = Scratch::of_this_thread();
 
   // dy's channels, a zero before each and zeros behind.

@@ -28,7 +28,6 @@ void gemm_tile(const Word* a, int64_t lda, const Taps& taps, const Word* b, int6
                int64_t ldc, bool accumulate) {
   constexpr int kGroup = kLayout == kByRows ? 3 : kTileRows;  // rows reached from one pointer
   constexpr int kPointers = (kTileRows + kGroup - 1) / kGroup;
-  constexpr int kUnroll = 4;
   const int64_t row_step = kLayout == kByRows ? lda : 1, k_step = kLayout == kByRows ? 1 : lda;
   typename Isa::Vector acc[kTileRows][kVectors];
 #pragma GCC unroll 32
@@ -41,22 +40,18 @@ void gemm_tile(const Word* a, int64_t lda, const Taps& taps, const Word* b, int6
     for (int64_t tap = 0; tap < taps.count; ++tap, at += taps.step) {
       const Word* rows[kPointers];
       for (int i = 0; i < kPointers; ++i) rows[i] = at + i * kGroup * row_step;
-      for (int64_t i = 0; i < k; i += kUnroll) {
+      for (int64_t i = 0; i < k; ++i, next += kVectors * Isa::kLanes) {
+        decltype(Isa::load_words(next)) bv[kVectors];
 #pragma GCC unroll 4
-        for (int u = 0; u < kUnroll; ++u) {
-          decltype(Isa::load_words(next)) bv[kVectors];
-#pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) bv[v] = Isa::load_words(next + (u * kVectors + v) * Isa::kLanes);
+        for (int v = 0; v < kVectors; ++v) bv[v] = Isa::load_words(next + v * Isa::kLanes);
 #pragma GCC unroll 32
-          for (int r = 0; r < kTileRows; ++r) {
-            const auto av = Isa::broadcast_word(rows[r / kGroup] + (r % kGroup) * row_step + u * k_step);
+        for (int r = 0; r < kTileRows; ++r) {
+          const auto av = Isa::broadcast_word(rows[r / kGroup] + (r % kGroup) * row_step);
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) acc[r][v] = Isa::multiply_words(av, bv[v], acc[r][v]);
-          }
+          for (int v = 0; v < kVectors; ++v) acc[r][v] = Isa::multiply_words(av, bv[v], acc[r][v]);
         }
-        next += kUnroll * kVectors * Isa::kLanes;
 #pragma GCC unroll 16
-        for (int p = 0; p < kPointers; ++p) rows[p] += kUnroll * k_step;
+        for (int p = 0; p < kPointers; ++p) rows[p] += k_step;
       }
     }
   }
@@ -91,13 +86,13 @@ struct GemmTiles {
     return vectors == 1 ? GemmTiles{narrow.data(), narrow.size()} : GemmTiles{wide.data(), wide.size()};
   }
 
-  // tile(row, of_rows) for as few tiles of as equal heights as can be.
+  // tile(row, count, of_rows) for as few tiles of as equal heights as can be.
   template <class F>
   void cover(int64_t rows, const F& tile) const {
     const int64_t tiles = ceil_div(rows, most);
     for (int64_t i = 0, row = 0; i < tiles; ++i) {
       const int64_t end = rows * (i + 1) / tiles;
-      tile(row, of_rows[end - row - 1]);
+      tile(row, end - row, of_rows[end - row - 1]);
       row = end;
     }
   }
@@ -126,28 +121,32 @@ struct Panels {
   int64_t start, k;
 };
 
-template <class Word>
-void gemm(const Rows<Word>& a, const Panels<Word>& b, float* c, bool accumulate) {
+inline constexpr auto kNothingAhead = [](int64_t, int64_t, int64_t, int64_t) {};
+
+// Before each tile, ahead(row, rows, column, columns) may ask for memory that is needed later: multiplies leave it idle.
+template <class Word, class Ahead = decltype(kNothingAhead)>
+void gemm(const Rows<Word>& a, const Panels<Word>& b, float* c, bool accumulate, const Ahead& ahead = kNothingAhead) {
   for (int64_t column = 0; column < b.columns; column += Isa::kPanel) {
     const int64_t width = std::min<int64_t>(Isa::kPanel, b.columns - column);
     const Word* const panel = b.data + column * b.depth + b.start * width;
     const auto tiles = GemmTiles<Word>::template of<kByRows>(width / Isa::kLanes);
-    tiles.cover(a.count, [&](int64_t row, GemmTile<Word> tile) {
+    tiles.cover(a.count, [&](int64_t row, int64_t rows, GemmTile<Word> tile) {
+      ahead(row, rows, column, width);
       tile(a.data + row * a.stride, a.stride, a.taps, panel, b.depth * b.columns, b.k, c + row * b.columns + column,
            b.columns, accumulate);
     });
   }
 }
 
-// C += A^T B over all of B's depth.
+// C += A^T B.
 template <class Word>
 void add_gemm(const Columns<Word>& a, const Panels<Word>& b, float* c) {
   for (int64_t column = 0; column < b.columns; column += Isa::kPanel) {
     const int64_t width = std::min<int64_t>(Isa::kPanel, b.columns - column);
+    const Word* const panel = b.data + column * b.depth + b.start * width;
     const auto tiles = GemmTiles<Word>::template of<kByColumns>(width / Isa::kLanes);
-    tiles.cover(a.count, [&](int64_t row, GemmTile<Word> tile) {
-      tile(a.data + row, a.stride, {}, b.data + column * b.depth, 0, b.k, c + row * b.columns + column, b.columns,
-           true);
+    tiles.cover(a.count, [&](int64_t row, int64_t, GemmTile<Word> tile) {
+      tile(a.data + row, a.stride, {}, panel, 0, b.k, c + row * b.columns + column, b.columns, true);
     });
   }
 }

@@ -28,9 +28,10 @@ inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int6
 #endif
 }
 
-// Asks for elements that are read soon. Inlined: GCC drops calls of a function that does nothing else.
+// Asks for elements that are read soon.
 template <class T>
-[[gnu::always_inline]] inline void prefetch(const T* p, int64_t count) {
+inline void prefetch(const T* p, int64_t count) {
+  asm volatile("");  // GCC would drop calls of a function that does nothing but this
   for (int64_t i = 0; i < count; i += kCacheLine / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i);
   __builtin_prefetch(p + count - 1);
 }

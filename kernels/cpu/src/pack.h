@@ -6,7 +6,7 @@
 //                     of 16 places
 //
 // A matrix [depth, columns] is cut into panels of kPanel columns, each [depth / e][column][e] with e elements a
-// word. Inputs are padded to kAlign, columns to kLanes, with zeros.
+// word. Inputs are padded to kAlign, in training to kDepth, columns to kLanes, with zeros.
 //
 // Source of the last: Lavin and Gray 2015 (arXiv 1509.09308), section 4.1.
 //
@@ -18,6 +18,16 @@ constexpr bool kIsWinograd = std::is_same_v<Word, FloatWord>;
 template <class Word>
 int64_t padded(int64_t channels) {
   return round_up(channels, Isa::template kAlign<Word>);
+}
+
+// So many channels or pixels as a multiply sums over them, and as they lie: whole vectors.
+template <class Word>
+int64_t depth_of(int64_t channels) {
+  return round_up(channels, Isa::template kDepth<Word>);
+}
+template <class Word>
+int64_t stride_of(int64_t channels) {
+  return round_up(channels, std::max<int64_t>(Isa::kLanes, Isa::template kDepth<Word>));
 }
 
 inline void convert(float from, float& to) { to = from; }
@@ -84,7 +94,8 @@ class Packer {
           for (int64_t o = 0; o < width; o += Isa::kLanes) {
             Vector rows[Isa::kLanes];
             load_block(source + o * w_.stride_out, i, count - o, rows);
-            for (int n = 0; n < Isa::kLanes; ++n) Isa::store(target + (i + n) * width + o, rows[n]);
+            for (int64_t n = 0; n < std::min<int64_t>(Isa::kLanes, in_ - i); ++n)
+              Isa::store(target + (i + n) * width + o, rows[n]);
           }
       } else {
         if (pack_dense(source, count, width, target)) continue;
@@ -162,7 +173,7 @@ class Packer {
         Vector taps[9][Isa::kLanes], columns[3][4], places[4];
         for (int t = 0; t < 9; ++t)
           load_block(source + t / 3 * w_.stride_h + t % 3 * w_.stride_w, i, w_.out - o, taps[t]);
-        for (int n = 0; n < Isa::kLanes; ++n) {
+        for (int64_t n = 0; n < std::min<int64_t>(Isa::kLanes, in_ - i); ++n) {
           for (int x = 0; x < 3; ++x) g(taps[x][n], taps[3 + x][n], taps[6 + x][n], columns[x]);
           for (int y = 0; y < 4; ++y) {
             g(columns[0][y], columns[1][y], columns[2][y], places);
@@ -174,7 +185,6 @@ class Packer {
     }
   }
 
-  static_assert(kAligned % Isa::kLanes == 0);
   const Weight& w_;
   const int64_t in_, columns_;
 };
@@ -190,7 +200,7 @@ inline Weight transposed(const Weight& w) {
 // A weight packed by all threads, for training.
 template <class Word>
 const void* pack_in_parallel(const Weight& weight, const Team& team, Buffer& memory) {
-  const Packer<Word, Isa::template kTrainingAlign<Word>> packer(weight);
+  const Packer<Word, Isa::template kDepth<Word>> packer(weight);
   void* const packed = memory.get<char>(packer.bytes());
   const int64_t columns = round_up(weight.out, Isa::kLanes);
   team.run(ceil_div(columns, Isa::kPanel), [&](int64_t begin, int64_t end) {

@@ -57,8 +57,8 @@ void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
   const AveragePool pool{p.images, p.depth, p.height, p.width};
   const int64_t pixels = pool.pooled_pixels();
   const int64_t c = p.channels, columns = round_up(c, Isa::kLanes), k = p.out_channels;
-  const int64_t k_padded = round_up(k, Isa::template kTrainingAlign<Word>);
-  const int64_t strips = team.pieces(pixels, kGradientStrip<Word>);
+  const int64_t k_padded = stride_of<Word>(k);
+  const int64_t strips = team.pieces(pixels, kTrainingStrip);
   const auto* const x = static_cast<const Store*>(p.x);
   const auto* const grad_out = static_cast<const Round*>(p.grad_out);
   const Vector share = Isa::broadcast(pool.share());
@@ -76,10 +76,10 @@ void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
     [[maybe_unused]] const typename Isa::Session session;
     float* const weight_sum = p.conv_weight != nullptr ? weight_sums.clear(slot) : nullptr;
     double* const sum = sums.clear(slot);
-    Element* const dy = Scratch::of_this_thread().dy.get<Element>(kGradientStrip<Word> * k_padded);
+    Element* const dy = Scratch::of_this_thread().dy.get<Element>(kTrainingStrip * k_padded);
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t first = pixels * strip / strips, rows = pixels * (strip + 1) / strips - first;
-      int64_t corners[kGradientStrip<Word>];
+      int64_t corners[kTrainingStrip];
       for (int64_t row = 0; row < rows; ++row) {
         corners[row] = pool.corner(first + row);
         for (int64_t v = 0; v < k_padded; v += Isa::kLanes)
@@ -108,7 +108,7 @@ void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
             few.add_to(sum + channel, sum + columns + channel);
           }
       };
-      undo_multiply<Word>(dy, rows, k, k_padded, w, columns, weight_sum, use);
+      undo_multiply<Word>(dy, rows, k, k_padded, w, columns, weight_sum, use, kNothingAhead);
     }
   });
   if (p.conv_weight != nullptr) finish_conv1(weight_sums, k, c, team, p.conv_weight);

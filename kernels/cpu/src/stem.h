@@ -106,7 +106,7 @@ class Stem {
   // Of row y of relu(affine(conv(x))) the maxima along it.
   void convolve(Source& source, int64_t y, float* maxima) const {
     constexpr int64_t e = Word::kElements;
-    const int64_t depth = round_up(k_, Isa::template kPixels<Word>);
+    const int64_t depth = depth_of<Word>(k_);
     Scratch& scratch = Scratch::of_this_thread();
     Element* const z = scratch.z.template get<Element>(round_up(kStrip, Isa::kRowBlock) * stride_);
     float* const h = scratch.product.template get<float>(round_up(kStrip, Isa::kRowBlock) * columns_);

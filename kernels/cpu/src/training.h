@@ -60,8 +60,7 @@ class TrainingBlock {
   using Element = typename Word::Element;
   using Gradient = std::conditional_t<std::is_same_v<Store, BFloat16>, BFloat16, float>;  // float16 may overflow
   using Place = Windows::Place;
-  static constexpr int64_t kStrip = Isa::kStrip;      // pixels of a forward's strip
-  static constexpr int64_t kAhead = 16;               // pixels, that are asked for before they are read
+  static constexpr int64_t kAhead = 16;              // pixels, that are asked for before they are read
   static constexpr int64_t kTiles = 2 * Isa::kRows;  // Winograd's tiles that are transformed at once
 
  public:
@@ -72,9 +71,8 @@ class TrainingBlock {
         pixels_(args.images * args.depth * slice_),
         channels_(args.input_channels + args.layers * args.growth_rate),
         hidden_(args.bottleneck_channels),
-        hidden_padded_(padded(hidden_)),
+        hidden_padded_(stride_of<Word>(hidden_)),
         hidden_columns_(round_up(hidden_, Isa::kLanes)),
-        growth_padded_(padded(args.growth_rate)),
         growth_columns_(round_up(args.growth_rate, Isa::kLanes)),
         x_(static_cast<Store*>(args.out)),
         grad_(static_cast<Gradient*>(args.grad)),
@@ -90,7 +88,7 @@ class TrainingBlock {
     for (int64_t i = 0; i < p_.layers; ++i) {
       const TrainingLayer& layer = p_.layer[i];
       const int64_t c = channels(i);
-      norm1_.set(layer.norm1, c, padded(c));
+      norm1_.set(layer.norm1, c, stride_of<Word>(c));
       if (hidden_ > 0) {
         make_bottleneck(i, layer.batch2 != 0);
         norm2_.set(layer.norm2, hidden_, hidden_padded_);
@@ -108,7 +106,7 @@ class TrainingBlock {
       const TrainingLayer& layer = p_.layer[i];
       arriving_ = i == p_.layers - 1 ? static_cast<const Gradient*>(p_.grad_out) : grad_;
       add_up_through(channels(i), p_.growth_rate);
-      norm1_.set(layer.norm1, channels(i), padded(channels(i)));
+      norm1_.set(layer.norm1, channels(i), stride_of<Word>(channels(i)));
       if (hidden_ > 0) {
         if (!p_.keeps_bottlenecks) make_bottleneck(i, false);
         norm2_.set(layer.norm2, hidden_, hidden_padded_);
@@ -127,9 +125,6 @@ class TrainingBlock {
   }
 
  private:
-  // Channels, as a multiply takes them.
-  static int64_t padded(int64_t channels) { return round_up(channels, Isa::template kTrainingAlign<Word>); }
-
   int64_t channels(int64_t layer) const { return p_.input_channels + layer * p_.growth_rate; }
 
   // -- forward --------------------------------------------------------------------------------------------------
@@ -157,7 +152,8 @@ class TrainingBlock {
     auto* const h = static_cast<Round*>(layer.bottleneck);
     prefer_huge_pages(h, pixels_ * hidden_ * sizeof(Round));
     const void* const w = pack_in_parallel<Word>(layer.conv1, team_, packed_);
-    const int64_t strips = team_.pieces(pixels_, kStrip), segments = std::min(strips, Statistics::kSegments);
+    const int64_t strips = team_.pieces(pixels_, kTrainingStrip);
+    const int64_t segments = std::min(strips, Statistics::kSegments);
     statistics_.begin(segments, hidden_);
     team_.run_parts(segments, strips, [&](int64_t segment, int64_t begin, int64_t end) {
       [[maybe_unused]] const typename Isa::Session session;
@@ -165,7 +161,7 @@ class TrainingBlock {
         const int64_t first = pixels_ * strip / strips, rows = pixels_ * (strip + 1) / strips - first;
         const Store* const x = x_ + first * channels_;
         float* const product = multiply_strip<Word>(
-            rows, padded(c), hidden_columns_, w, [&](int64_t row, int64_t start, int64_t depth, Element* z) {
+            rows, depth_of<Word>(c), hidden_columns_, w, [&](int64_t row, int64_t start, int64_t depth, Element* z) {
               prefetch(x + (row + kAhead) * channels_ + start, std::min(depth, c - start));
               affine_relu_row(x + row * channels_ + start, norm1_.from(start), std::min(depth, c - start), depth, z);
             });
@@ -191,7 +187,7 @@ class TrainingBlock {
       [[maybe_unused]] const typename Isa::Session session;
       for (int64_t n = begin; n < end; ++n) {
         const Place place = windows_[n];
-        const Window<Word> window = padded_window(place, padded(c));
+        const Window<Word> window = padded_window(place, c);
         const Element* const u = make_u(place, window, source, stride, c, norm);
         convolve_in_parts(window, u, w, growth_columns_, [&](int64_t slice, int64_t row, float* values) {
           const int64_t first = pixel(place, slice, row);
@@ -224,7 +220,7 @@ class TrainingBlock {
   template <class Source>
   void shrink(int64_t i, const Source* source, int64_t stride, int64_t c, const Normalization& norm) {
     const TrainingLayer& layer = p_.layer[i];
-    const int64_t c_padded = padded(c), columns = round_up(c, Isa::kLanes);
+    const int64_t c_padded = stride_of<Word>(c), columns = round_up(c, Isa::kLanes);
     const bool wants_weight = layer.conv3_weight != nullptr;
     const void* const w = pack_in_parallel<Word>(transposed(layer.conv3), team_, packed_);
     if (hidden_ > 0) da_ = da_memory_.get<Element>(pixels_ * hidden_columns_);
@@ -237,7 +233,7 @@ class TrainingBlock {
       float* const weight_sum = wants_weight ? weight_sums_.clear(slot) : nullptr;
       for (int64_t n = begin; n < end; ++n) {
         const Place place = windows_[n];
-        const Window<Word> window = padded_window(place, growth_padded_);
+        const Window<Word> window = padded_window(place, p_.growth_rate);
         const Element* const dy = make_dy(i, place, window);
         convolve_in_parts(window, dy, w, columns, [&](int64_t slice, int64_t row, const float* du) {
           const int64_t first = pixel(place, slice, row);
@@ -288,24 +284,31 @@ class TrainingBlock {
   // The 1x1 of a layer backwards, from da of its bottleneck to G, in one pass over X; its gradient and norm1's.
   void undo_bottleneck(int64_t i) {
     const TrainingLayer& layer = p_.layer[i];
-    const int64_t c = channels(i), c_padded = padded(c), columns = round_up(c, Isa::kLanes);
+    const int64_t c = channels(i), c_padded = stride_of<Word>(c), columns = round_up(c, Isa::kLanes);
     const bool wants_weight = layer.conv1_weight != nullptr;
     const void* const w = pack_in_parallel<Word>(transposed(layer.conv1), team_, packed_);
     sums_.begin(team_.threads, 2 * c_padded);
     if (wants_weight) weight_sums_.begin(team_.threads, weight_sum_size(hidden_, columns));
-    const int64_t strips = team_.pieces(pixels_, kGradientStrip<Word>);
+    const int64_t strips = team_.pieces(pixels_, kTrainingStrip);
     team_.run_parts(team_.threads, strips, [&](int64_t slot, int64_t begin, int64_t end) {
       [[maybe_unused]] const typename Isa::Session session;
       double* const s1 = sums_.clear(slot);
       double* const s2 = s1 + c_padded;
       float* const weight_sum = wants_weight ? weight_sums_.clear(slot) : nullptr;
-      Element* const dh = Scratch::of_this_thread().dy.get<Element>(kGradientStrip<Word> * hidden_padded_);
+      Element* const dh = Scratch::of_this_thread().dy.get<Element>(kTrainingStrip * hidden_padded_);
       for (int64_t strip = begin; strip < end; ++strip) {
         const int64_t first = pixels_ * strip / strips, rows = pixels_ * (strip + 1) / strips - first;
         make_dh(layer, first, rows, dh);
         undo_multiply<Word>(dh, rows, hidden_, hidden_padded_, w, columns, weight_sum,
                             [&](int64_t start, int64_t width, const float* dz, const PixelPanels<Word>& z) {
                               undo_norm1(first, rows, start, width, c, dz, z, s1, s2);
+                            },
+                            [&](int64_t row, int64_t count, int64_t start, int64_t width) {
+                              for (int64_t i = 0; i < count; ++i) {
+                                const int64_t at = (first + row + i) * channels_ + start;
+                                prefetch(x_ + at, width);
+                                prefetch(arriving_ + at, width);
+                              }
                             });
       }
     });
@@ -422,12 +425,12 @@ class TrainingBlock {
   void add_conv3_gradient(const Place& place, const Window<Word>& dy_window, const Element* dy, const Source* source,
                           int64_t stride, int64_t c, const Normalization& norm, float* sum) const {
     if constexpr (kIsWinograd<Word>) {
-      const Window<Word> window = padded_window(place, padded(c));
+      const Window<Word> window = padded_window(place, c);
       const float* const u = make_u(place, window, source, stride, c, norm);
       if (window.by_winograd())
-        add_weight_gradient_in_places(window, u, dy_window, dy, sum);
+        add_weight_gradient_in_places(window, u, dy_window, dy, p_.growth_rate, sum);
       else
-        add_weight_gradient_of_sequences(window, u, dy_window, dy, sum);
+        add_weight_gradient_of_sequences(window, u, dy_window, dy, p_.growth_rate, sum);
     } else {
       add_weight_gradient<Word>(
           dy_window, dy, p_.growth_rate, round_up(c, Isa::kLanes),
@@ -440,9 +443,7 @@ class TrainingBlock {
   }
 
   int64_t conv3_sum_size(int64_t columns) const {
-    const int64_t of_slice =
-        kIsWinograd<Word> ? 16 * columns * growth_padded_ : 9 * weight_sum_size(p_.growth_rate, columns);
-    return (2 * reach_z_ + 1) * of_slice;
+    return (2 * reach_z_ + 1) * (kIsWinograd<Word> ? 16 : 9) * weight_sum_size(p_.growth_rate, columns);
   }
 
   // dW2, [k, C, ((3,) 3,) 3], from those parts' sums.
@@ -454,40 +455,24 @@ class TrainingBlock {
 
   // Of one slice, whose sums begin at `start`, some taps; the next channel's are `step` floats further.
   void finish_conv3(int64_t c, int64_t columns, int64_t start, float* out, int64_t taps, int64_t step) {
-    if constexpr (kIsWinograd<Word>) {
-      team_.run(c, [&](int64_t begin, int64_t end) {
-        float values[9][Isa::kLanes];
-        for (int64_t n = 0; n < p_.growth_rate; n += Isa::kLanes)
-          for (int64_t channel = begin; channel < end; ++channel) {
-            const auto sum = [&](int64_t i) {
-              return weight_sums_.total(start + (i * columns + channel) * growth_padded_ + n);
-            };
-            if (reach_y_ > 0) {
-              Vector places[4][4], made[3][3];
-              for (int i = 0; i < 16; ++i) places[i / 4][i % 4] = sum(i);
-              transform_weight_gradient(places, made);
-              for (int tap = 0; tap < 9; ++tap) Isa::store(values[tap], made[tap / 3][tap % 3]);
-            } else {
-              for (int tap = 0; tap < 3; ++tap) Isa::store(values[tap], sum(tap));
-            }
-            for (int64_t lane = 0; lane < std::min<int64_t>(Isa::kLanes, p_.growth_rate - n); ++lane)
-              for (int tap = 0; tap < taps; ++tap) out[((n + lane) * c + channel) * step + tap] = values[tap][lane];
+    const int64_t size = weight_sum_size(p_.growth_rate, columns);
+    team_.run(p_.growth_rate, [&](int64_t begin, int64_t end) {
+      float values[9][Isa::kLanes];
+      for (int64_t n = begin; n < end; ++n)
+        for (int64_t v = 0; v < c; v += Isa::kLanes) {
+          const auto sum = [&](int64_t i) { return weight_sums_.total(start + i * size + n * columns + v); };
+          if (kIsWinograd<Word> && reach_y_ > 0) {
+            Vector places[4][4], made[3][3];
+            for (int i = 0; i < 16; ++i) places[i / 4][i % 4] = sum(i);
+            transform_weight_gradient(places, made);
+            for (int tap = 0; tap < 9; ++tap) Isa::store(values[tap], made[tap / 3][tap % 3]);
+          } else {
+            for (int64_t tap = 0; tap < taps; ++tap) Isa::store(values[tap], sum((9 - taps) / 2 + tap));
           }
-      });
-    } else {
-      team_.run(p_.growth_rate, [&](int64_t begin, int64_t end) {
-        float values[9][Isa::kLanes];
-        const int64_t first = start + (9 - taps) / 2 * weight_sum_size(p_.growth_rate, columns);
-        for (int64_t n = begin; n < end; ++n)
-          for (int64_t v = 0; v < c; v += Isa::kLanes) {
-            for (int tap = 0; tap < taps; ++tap)
-              Isa::store(values[tap],
-                         weight_sums_.total(first + tap * weight_sum_size(p_.growth_rate, columns) + n * columns + v));
-            for (int64_t lane = 0; lane < std::min<int64_t>(Isa::kLanes, c - v); ++lane)
-              for (int tap = 0; tap < taps; ++tap) out[(n * c + v + lane) * step + tap] = values[tap][lane];
-          }
-      });
-    }
+          for (int64_t lane = 0; lane < std::min<int64_t>(Isa::kLanes, c - v); ++lane)
+            for (int64_t tap = 0; tap < taps; ++tap) out[(n * c + v + lane) * step + tap] = values[tap][lane];
+        }
+    });
   }
 
   // -- what both share ------------------------------------------------------------------------------------------
@@ -505,7 +490,9 @@ class TrainingBlock {
   }
 
   Window<Word> padded_window(const Place& place, int64_t channels) const {
-    return {place.images, place.slices, place.rows, p_.width, reach_z_, reach_y_, channels, channels};
+    return {place.images, place.slices, place.rows,
+            p_.width,     reach_z_,     reach_y_,
+            depth_of<Word>(channels), stride_of<Word>(channels)};
   }
 
   template <class Sink>
@@ -553,12 +540,12 @@ class TrainingBlock {
   const Element* make_u(const Place& place, const Window<Word>& window, const Source* source, int64_t stride, int64_t c,
                         const Normalization& norm) const {
     return fill(place, window, Scratch::of_this_thread().u, [&](int64_t at, Element* target) {
-      affine_relu_row(source + at * stride, Affine(norm), c, window.channels, target);
+      affine_relu_row(source + at * stride, Affine(norm), c, window.stride, target);
     });
   }
 
   const Element* make_dy(int64_t i, const Place& place, const Window<Word>& window) const {
-    const int64_t c = channels(i), k = p_.growth_rate, stride = channels_, padded = window.channels;
+    const int64_t c = channels(i), k = p_.growth_rate, stride = channels_, padded = window.stride;
     const Store* const x = x_ + c;
     const Gradient* const arriving = arriving_ + c;
     const uint8_t* const mask = p_.layer[i].growth_mask;
@@ -598,7 +585,7 @@ class TrainingBlock {
   const TrainingArgs& p_;
   const Team team_;
   const int64_t slice_, pixels_, channels_, hidden_;
-  const int64_t hidden_padded_, hidden_columns_, growth_padded_, growth_columns_;  // as a multiply takes and makes them
+  const int64_t hidden_padded_, hidden_columns_, growth_columns_;  // as a multiply takes and makes them
   Store* const x_;
   Gradient* const grad_;
   const Windows windows_;
