@@ -3,6 +3,7 @@
 from . import reference
 from .backends import Status, status, use_backend
 from .convert import Explanation, Finding, convert, explain, to_reference
+from .fallback import FallbackWarning
 from .freeze import freeze
 from .models import (
     FastDenseNet,
@@ -19,7 +20,7 @@ from .models import (
     densenet_bc_250_24,
     densenet_cifar,
 )
-from .modules import FallbackWarning, FastDenseBlock, FastTransition
+from .modules import FastDenseBlock, FastTransition
 from .weights import Loaded, load_weights
 
 __version__ = "0.1.0"

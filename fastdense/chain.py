@@ -16,8 +16,10 @@ from torch.nn.modules.pooling import _MaxPoolNd
 
 from . import backends, ops
 from .backends import Prepared
+from .ends import prepared_head, prepared_stem, prepared_stem_tail
+from .fallback import autocast_dtype, is_transformed
 from .frozen import Frozen
-from .modules import Fused, autocast_dtype, is_transformed, prepared_head, prepared_stem, prepared_stem_tail
+from .modules import Fused
 from .ready import Kept, Ready
 from .served import BatchNorm, carries_relu, global_hooks, hooked
 

@@ -17,9 +17,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from .chain import steps
 from .convert import convert
+from .ends import stem_arguments
 from .frozen import Frozen
 from .models import FastDenseNet
-from .modules import FusedBlock, FusedTransition, stem_arguments
+from .modules import FusedBlock, FusedTransition
 from .norms import running_norm
 from .served import DIMS, BatchNorm, hooked, unusual
 

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from . import backends, ops
 from .backends import Prepared
-from .modules import autocast_dtype
+from .fallback import autocast_dtype
 
 
 class Frozen(nn.Module):

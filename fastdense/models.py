@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from . import reference
 from .architectures import cifar_config, constructor
+from .ends import head
 from .frozen import Frozen
-from .modules import FastDenseBlock, FastTransition, head
+from .modules import FastDenseBlock, FastTransition
 from .served import BatchNorm, hooked
 from .stages import FastSequential, through
 

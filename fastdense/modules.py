@@ -9,18 +9,16 @@ after one warning, so nothing is silently bypassed.
 from __future__ import annotations
 
 import itertools
-import warnings
-from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from . import backends, checks, layouts, ops, reference
+from . import layouts, ops, reference
 from .backends import Prepared
-from .kernels.contract import ChannelStats, DenseLayers, Norm, conv_sizes, empty_channels_last, in_channels_last
+from .fallback import conv_dtype, fast_backend, is_channels_last, stock_computes
+from .kernels.contract import ChannelStats, DenseLayers, Norm, empty_channels_last
 from .layouts import BlockLayout, TransitionLayout
 from .norms import (
     BatchStats,
@@ -35,11 +33,7 @@ from .norms import (
     uses_batch_stats,
 )
 from .ready import Inference, Ready
-from .served import DIMS, BatchNorm, Conv, global_hooks, obstacle_in, own_hooks, parameter, unusual, unusual_stem
-
-
-class FallbackWarning(UserWarning):
-    """A fast module ran its reference definition instead."""
+from .served import BatchNorm, Conv, global_hooks, obstacle_in, own_hooks, parameter
 
 
 class Layer(NamedTuple):
@@ -109,10 +103,10 @@ class Fused(nn.Module):
         inference = ready.inference(self)
         if inference.arguments is None or inference.needs_grad(x):
             return None
-        backend = _fast_backend(self, x)
-        if backend is None or not _stock_computes(x, *inference.first) or x.shape[1] != inference.channels:
+        backend = fast_backend(self, x)
+        if backend is None or not stock_computes(x, *inference.first) or x.shape[1] != inference.channels:
             return None
-        return inference, _conv_dtype(x, parameter(inference.first[1], "weight")), backend
+        return inference, conv_dtype(x, parameter(inference.first[1], "weight")), backend
 
 
 class FusedBlock(Fused):
@@ -137,11 +131,11 @@ class FusedBlock(Fused):
         if out is not None:
             return out, None
         modules = self.read() if ready is None else ready.reading
-        backend = _fast_backend(self, x, modules if isinstance(modules, str) else None)
-        if backend is None or isinstance(modules, str) or not _stock_computes(x, modules[0].norm1, modules[0].conv1):
+        backend = fast_backend(self, x, modules if isinstance(modules, str) else None)
+        if backend is None or isinstance(modules, str) or not stock_computes(x, modules[0].norm1, modules[0].conv1):
             return super().forward(x), None  # type: ignore[misc]  # of the class that this one goes before
         layers = self._gathered(ready, modules, x, channels_last)
-        dtype = _conv_dtype(x, layers.conv1_weight[0])
+        dtype = conv_dtype(x, layers.conv1_weight[0])
         uses_batch = any(layers.norm1_batch_stats) or any(layers.norm2_batch_stats)
         count = count_of(x, layers.group) if uses_batch else 0
         biases = [bias for bias in (parameter(layer.conv1, "bias") for layer in modules) if bias is not None]
@@ -413,15 +407,15 @@ class FusedTransition(Fused):
         out = self._at_once(x, ready)
         if out is not None:
             return out
-        backend = _fast_backend(self, x, self.read() if ready is None else ready.reading)
+        backend = fast_backend(self, x, self.read() if ready is None else ready.reading)
         if backend is None:
             return super().forward(x)  # type: ignore[misc]  # of the class that this one goes before
         norm, conv = self.first_parts()
-        if not _stock_computes(x, norm, conv):
+        if not stock_computes(x, norm, conv):
             return super().forward(x)  # type: ignore[misc]
         if self._drops():
             return super().forward(x if channels_last else x.contiguous())  # type: ignore[misc]
-        dtype = _conv_dtype(x, conv.weight)
+        dtype = conv_dtype(x, conv.weight)
         return ops.transition(x, norm_for(norm, x, stats, backend), conv.weight, dtype=dtype, backend=backend)
 
     def _inference_of(self, x: Tensor, ready: Ready | None) -> tuple[Inference, torch.dtype, str] | None:
@@ -465,196 +459,13 @@ class FastTransition(FusedTransition, reference.Transition):
         return layouts.DROPPING_TRANSITION if "drop" in self._modules else layouts.TRANSITION
 
 
-def stem_tail(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """``pool(relu(norm(x)))`` in one pass where the parts are a stem's, else one by one.
-
-    ``parts``: norm, ReLU and pool, without the ReLU where the norm carries it.
-    """
-    norm, backend = cast(BatchNorm, parts[0]), _backend_of(parts, x)
-    if backend is None:
-        for part in parts:
-            x = part(x)
-        return x
-    x = in_channels_last(x)  # once for the statistics, the pool and the backward
-    return ops.stem_tail(x, norm_for(norm, x, None, backend), backend=backend)
-
-
-def stem(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """``pool(relu(norm(conv(x))))``: in one pass in evaluation without autograd where a backend has that, else in two.
-
-    ``parts``: the convolution, then as of :func:`stem_tail`.
-    """
-    found = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else _stem(parts, x)
-    if found is None:
-        return stem_tail(parts[1:], parts[0](x))
-    arguments, dtype, backend = found
-    return ops.stem_inference(x, *arguments, dtype=dtype, backend=backend)
-
-
-def prepared_stem(parts: Sequence[nn.Module], x: Tensor) -> Prepared | None:
-    """What makes :func:`stem` of x, and of tensors like it, without autograd; ``None`` for no such."""
-    found = _stem(parts, x)
-    if found is None:
-        return None
-    arguments, dtype, backend = found
-    prepare = backends.preparation(backend, "stem_inference")
-    checks.check_stem(x, *arguments)
-    return prepare and prepare(*arguments, x_dtype=x.dtype, dtype=dtype)
-
-
-StemArguments = tuple[Norm, Tensor, tuple[int, ...], tuple[int, ...]]
-
-
-def stem_arguments(parts: Sequence[nn.Module]) -> StemArguments | None:
-    """Of ``ops.stem_inference``, after x; ``None`` where it would not reproduce the parts."""
-    conv, norm = cast(Conv, parts[0]), cast(BatchNorm, parts[1])
-    running = running_norm(norm)
-    if unusual_stem(conv) or any(map(unusual, parts[1:])) or running is None:
-        return None
-    weight = parameter(conv, "weight")
-    if len(weight) != len(running.weight) or weight.dim() != DIMS[type(parts[-1])]:
-        return None  # stock PyTorch raises its error
-    return running, weight, conv.stride, cast(tuple[int, ...], conv.padding)
-
-
-def _stem(parts: Sequence[nn.Module], x: Tensor) -> tuple[StemArguments, torch.dtype, str] | None:
-    """The same, with the dtype and backend for x, where that has such an op."""
-    conv, norm = cast(Conv, parts[0]), cast(BatchNorm, parts[1])
-    arguments, backend = stem_arguments(parts), _fast_backend(conv, x)
-    if arguments is None or backend is None or backends.preparation(backend, "stem_inference") is None:
-        return None
-    running, weight, stride, padding = arguments
-    if not _stock_computes(x, norm, conv) or x.shape[1] != weight.shape[1] or not ops.are_plain([*running[:4], weight]):
-        return None
-    if min(conv_sizes(x.shape[2:], weight.shape[2:], stride, padding)) < 1:
-        return None
-    return arguments, _conv_dtype(x, weight), backend
-
-
-def prepared_stem_tail(parts: Sequence[nn.Module], x: Tensor) -> Prepared | None:
-    """What makes :func:`stem_tail` of x, and of tensors like it, without autograd; ``None`` for no such."""
-    return _prepared_from_norm("stem_tail", parts, x)
-
-
-def head(norm: BatchNorm, x: Tensor, stats: BatchStats | None) -> Tensor:
-    """norm, ReLU and global average pool of [N, C, *spatial] in one pass where possible: [N, C]."""
-    backend = _backend_of([norm], x)
-    if backend is None:
-        return reference.global_avg_pool(F.relu(norm(x), inplace=True))
-    return ops.head(x, norm_for(norm, x, stats, backend), backend=backend)
-
-
-def prepared_head(norm: BatchNorm, x: Tensor) -> Prepared | None:
-    """What makes :func:`head` of x, and of tensors like it, without autograd; ``None`` for no such."""
-    return _prepared_from_norm("head", [norm], x)
-
-
-def _prepared_from_norm(op: str, parts: Sequence[nn.Module], x: Tensor) -> Prepared | None:
-    running, backend = running_norm(cast(BatchNorm, parts[0])), _backend_of(parts, x)
-    prepare = None if backend is None else backends.preparation(backend, op)
-    if prepare is None or running is None or not ops.are_plain(running[:4]):
-        return None
-    checks.check_norm(op, x, running)
-    return prepare(running, x_dtype=x.dtype)
-
-
-def _backend_of(parts: Sequence[nn.Module], x: Tensor) -> str | None:
-    """The backend for stock modules from a norm on; ``None`` where they must run one by one."""
-    norm = cast(BatchNorm, parts[0])
-    backend = None if any(map(unusual, parts)) else _fast_backend(norm, x)
-    return backend if backend is not None and _stock_computes(x, norm) else None
-
-
-# -- what the modules share ----------------------------------------------------------------------------------
-
-
-def _fast_backend(module: nn.Module, x: Tensor, obstacle: str | None = None) -> str | None:
-    """The backend for ``x``, or ``None`` where the reference must run: on request, or for an obstacle, warned of."""
-    if not isinstance(x, Tensor) or x.dim() not in (3, 4, 5) or x.numel() == 0 or is_transformed():
-        if groups([m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]) - {""}:
-            # the other processes would wait for what the reference does not send
-            raise ValueError(
-                "SyncBatchNorm over several processes needs images [N, C, *spatial] on each, N >= 1, outside "
-                f"torch.func's transforms; got {list(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
-            )
-        return None  # the reference knows what PyTorch does with these
-    backend = backends.select(x.device, x.dtype, x.dim() - 2)
-    if backend == backends.REFERENCE:
-        return None
-    if obstacle is None:
-        return backend
-    if not getattr(module, "_warned_of_fallback", False):
-        module.__dict__["_warned_of_fallback"] = True
-        _warn(f"{type(module).__name__} runs the reference implementation, without its savings: {obstacle}")
-    return None
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, FallbackWarning, stacklevel=4)
-
-
-# Dynamo cannot trace a warning, and need not: this is torch.compiler.assume_constant_result without importing Dynamo
-_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def is_transformed() -> bool:
-    """Inside torch.func's vmap, grad or jvp, or forward-mode differentiation, of which the ops know nothing."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What a stock convolution casts x to, ``None`` where it does not."""
-    device = x.device.type
-    if _has_autocast(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return None
-
-
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
-
-
-_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch 2.11's Dynamo cannot trace it
-
-
-def _conv_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """What a stock convolution of x computes in."""
-    return autocast_dtype(x) or weight.dtype
-
-
-def _stock_computes(x: Tensor, norm: BatchNorm, conv: Conv | None = None) -> bool:
-    """Whether stock PyTorch takes x in this norm and this convolution; where not, the reference raises its error."""
-    weight = None if conv is None else parameter(conv, "weight")
-    if x.dim() != DIMS.get(type(norm), x.dim()) or (weight is not None and x.dim() != weight.dim()):
-        return False
-    if weight is not None and (weight.dtype == torch.float64 if autocast_dtype(x) else x.dtype != weight.dtype):
-        return False
-    vector = norm.weight if norm.weight is not None else norm.running_mean
-    if any(tensor is not None and tensor.device != x.device for tensor in (weight, vector)):
-        return False
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return vector is None or vector.dtype == x.dtype or (half and vector.dtype == torch.float32)
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether PyTorch's convolutions take [N, C, *spatial] for channels-last; ambiguous strides count as contiguous.
-
-    Sequences never are: PyTorch's norms make them contiguous.
-    """
-    if not isinstance(x, Tensor):  # a proxy of torch.fx
-        return False
-    return x.dim() in (4, 5) and x.stride(1) == 1 and x.stride(-1) == x.shape[1] > 1
-
-
 def _dropout_mask(x: Tensor, conv: Conv, layer: Layer, channels_last: bool) -> Tensor:
     """True where the fallback, at the same state of the generator, would keep a value of conv's output.
 
     The values drawn depend on dtype and layout, so those are the fallback's.
     """
     shape = (x.shape[0], conv.out_channels, *x.shape[2:])
-    dtype, device = _conv_dtype(x, conv.weight), x.device
+    dtype, device = conv_dtype(x, conv.weight), x.device
     if layer.drops_channels:
         ones = torch.ones((*shape[:2], *[1] * (x.dim() - 2)), dtype=dtype, device=device)
         kept = torch.feature_dropout(ones, layer.drop_rate, True) != 0

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .chain import Chain, may_run, steps
-from .modules import FusedBlock, FusedTransition, is_channels_last, stem, stem_tail
+from .ends import stem, stem_tail
+from .fallback import is_channels_last
+from .modules import FusedBlock, FusedTransition
 from .norms import BatchStats
 from .served import BatchNorm, hooked
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastdense
-from fastdense import FastDenseBlock, FastDenseNet, FastTransition, modules
+from fastdense import FastDenseBlock, FastDenseNet, FastTransition, ends
 from fastdense.parity import across_inputs, check, compare, failures, observe
 
 HALF = [torch.bfloat16, torch.float16]
@@ -33,7 +33,7 @@ class StemTail(nn.Sequential):
         super().__init__(OrderedDict(norm=nn.BatchNorm2d(8), relu=nn.ReLU(), pool=nn.MaxPool2d(3, stride=2, padding=1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return modules.stem_tail(list(self), x)
+        return ends.stem_tail(list(self), x)
 
 
 class Head(nn.Sequential):
@@ -45,7 +45,7 @@ class Head(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return modules.head(self.norm, x, None)
+        return ends.head(self.norm, x, None)
 
 
 STAGES: dict[str, Callable[[], nn.Module]] = {

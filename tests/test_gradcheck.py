@@ -6,8 +6,8 @@ from torch import nn
 
 import fastdense
 from fastdense import ops
+from fastdense.ends import head, stem_tail
 from fastdense.kernels.contract import Norm
-from fastdense.modules import head, stem_tail
 from fastdense.served import BatchNorm
 
 MODES = ("train", "frozen", "mixed")

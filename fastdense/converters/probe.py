@@ -14,7 +14,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from .. import reference
-from ..modules import FallbackWarning, FusedBlock
+from ..fallback import FallbackWarning
+from ..modules import FusedBlock
 from ..parity import BUDGETS, relative_error
 
 _SAME = BUDGETS[torch.float64].floor
