@@ -76,9 +76,9 @@ inline constexpr int64_t kTrainingStrip = 4 * Isa::kStrip;
 // input channels, from `start`, use(start, width, dz, z) takes their gradient dz [rows, width] and writes the input
 // itself to z; from that the weight's gradient is added to weight_sum, unless it is null: [out, width] one after
 // another. While dz is made, ahead(row, rows, channel, channels) may ask for what they will need.
-template <class Word, class Use, class Ahead, class I = Isa>
+template <class Word, class Use, class Ahead = decltype(kNothingAhead), class I = Isa>
 void undo_multiply(typename Word::Element* dy, int64_t rows, int64_t out, int64_t stride, const void* packed,
-                   int64_t columns, float* weight_sum, const Use& use, const Ahead& ahead) {
+                   int64_t columns, float* weight_sum, const Use& use, const Ahead& ahead = kNothingAhead) {
   using Element = typename Word::Element;
   constexpr int64_t e = Word::kElements;
   constexpr int64_t kStride = kTrainingStrip + 48;  // no power of two: rows would fall into few cache sets

@@ -131,7 +131,7 @@ void convolve_by_winograd(const Window<FloatWord>& window, const float* u, const
                           int64_t first, int64_t last, const Sink& sink) {
   const int64_t across = window.tiles_across(), tiles = (last - first) * across;
   const int64_t summed = 2 * window.reach_z + 1, c = summed * window.channels;
-  const int64_t part = round_up(window.channels, Isa::kLanes), stride = summed * part;
+  const int64_t part = stride_of<FloatWord>(window.channels), stride = summed * part;
   const int64_t v_step = tiles * stride + Isa::kLanes, m_step = tiles * columns + Isa::kLanes;
   const auto* const w = static_cast<const FloatWord*>(packed) + 9 * c * columns;
   Scratch& scratch = Scratch::of_this_thread();
@@ -268,7 +268,7 @@ void add_weight_gradient(const Window<Word>& dy_window, const typename Word::Ele
   using Element = typename Word::Element;
   constexpr int64_t e = Word::kElements;
   const PixelGrid grid{dy_window.slices(), dy_window.height, dy_window.width};
-  const int64_t pitch = grid.pitch(), depth = round_up(grid.size(), I::template kDepth<Word>);
+  const int64_t pitch = grid.pitch(), depth = depth_of<Word>(grid.size());
   Scratch& scratch = Scratch::of_this_thread();
 
   // dy's channels, a zero before each and zeros behind.

@@ -108,7 +108,7 @@ void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
             few.add_to(sum + channel, sum + columns + channel);
           }
       };
-      undo_multiply<Word>(dy, rows, k, k_padded, w, columns, weight_sum, use, kNothingAhead);
+      undo_multiply<Word>(dy, rows, k, k_padded, w, columns, weight_sum, use);
     }
   });
   if (p.conv_weight != nullptr) finish_conv1(weight_sums, k, c, team, p.conv_weight);
