@@ -46,7 +46,7 @@ struct Isa : Avx512BFloat16 {
 // both of B: four multiplies for four loads. The last rows of A may be anything; so are those of C, then.
 template <bool kTwoRows, bool kTwoColumns>
 void amx_tile(const BFloat16Word* a, int64_t lda, const Taps& taps, const BFloat16Word* b, int64_t b_run, int64_t k,
-              float* c, int64_t ldc, bool accumulate) {
+              float* c, int64_t ldc, bool accumulate, Ahead* ahead) {
   constexpr int64_t kDepth = 16;  // words of k that a tile holds
   constexpr int64_t width = kTwoColumns ? 32 : 16;
   const int64_t a_bytes = lda * 4, c_bytes = ldc * 4, b_bytes = width * 4;
@@ -67,6 +67,7 @@ void amx_tile(const BFloat16Word* a, int64_t lda, const Taps& taps, const BFloat
     const BFloat16Word* next = b + run * b_run;
     for (int64_t tap = 0; tap < taps.count; ++tap, at += taps.step)
       for (int64_t i = 0; i < k; i += kDepth, next += kDepth * width) {
+        for (int64_t n = 0; ahead != nullptr && n < 2 * kDepth; ++n) ahead->ask();
         _tile_loadd(6, next, b_bytes);
         _tile_loadd(4, at + i, a_bytes);
         _tile_dpbf16ps(0, 4, 6);
@@ -92,7 +93,7 @@ struct GemmTiles<BFloat16Word> {
   bool two_columns;
 
   template <Layout kLayout>
-  static GemmTiles of(int64_t vectors) {
+  static GemmTiles of(int64_t vectors, bool /* whether they ask */) {
     static_assert(kLayout == kByRows, "a column of pairs is no row of a tile");
     return {vectors == 2};
   }
@@ -101,7 +102,7 @@ struct GemmTiles<BFloat16Word> {
   void cover(int64_t rows, const F& tile) const {
     for (int64_t row = 0; row < rows; row += 32) {
       const bool two_rows = rows - row > 16;
-      tile(row, std::min<int64_t>(32, rows - row),
+      tile(row,
            two_rows ? (two_columns ? amx_tile<true, true> : amx_tile<true, false>)
                     : (two_columns ? amx_tile<false, true> : amx_tile<false, false>));
     }

@@ -17,9 +17,10 @@ struct Scratch {
 };
 
 // relu(affine(x)) W of some pixels: [rows, columns] floats, in this thread's `product`. Called for a part of the
-// channels of each pixel, prologue(row, start, depth, z) writes them to z.
+// channels of each pixel, prologue(row, start, depth, z) writes them to z. The multiplies ask for memory `ahead`.
 template <class Word, class Prologue>
-float* multiply_strip(int64_t rows, int64_t k, int64_t columns, const void* packed, const Prologue& prologue) {
+float* multiply_strip(int64_t rows, int64_t k, int64_t columns, const void* packed, const Prologue& prologue,
+                      Ahead* ahead = nullptr) {
   using Element = typename Word::Element;
   constexpr int e = Word::kElements;
   constexpr int64_t kDepth = 256;  // channels that one multiply sums over
@@ -30,7 +31,7 @@ float* multiply_strip(int64_t rows, int64_t k, int64_t columns, const void* pack
     const int64_t depth = std::min(kDepth, k - start);
     for (int64_t row = 0; row < rows; ++row) prologue(row, start, depth, z + row * depth);
     gemm<Word>({reinterpret_cast<const Word*>(z), depth / e, rows},
-               {static_cast<const Word*>(packed), k / e, columns, start / e, depth / e}, h, start > 0);
+               {static_cast<const Word*>(packed), k / e, columns, start / e, depth / e}, h, start > 0, ahead);
   }
   return h;
 }
@@ -72,13 +73,17 @@ inline constexpr int64_t kGradientChunk = 4 * Isa::kPanel;  // of a strip's chan
 // Pixels of a strip in training, at most. A weight's gradient is loaded and stored once a strip, and W read.
 inline constexpr int64_t kTrainingStrip = 4 * Isa::kStrip;
 
+inline constexpr auto kNeedsNothing = [](int64_t, int64_t) { return Ahead(); };
+
 // A 1x1 convolution of a strip backwards, from dy, `out` channels of pixels `stride` apart. Called for some of its
 // input channels, from `start`, use(start, width, dz, z) takes their gradient dz [rows, width] and writes the input
 // itself to z; from that the weight's gradient is added to weight_sum, unless it is null: [out, width] one after
-// another. While dz is made, ahead(row, rows, channel, channels) may ask for what they will need.
-template <class Word, class Use, class Ahead = decltype(kNothingAhead), class I = Isa>
+// another. The multiply that makes dz asks for needs(start, width), which `use` reads then, the other for what is read
+// `after` this strip.
+template <class Word, class Use, class Needs = decltype(kNeedsNothing), class I = Isa>
 void undo_multiply(typename Word::Element* dy, int64_t rows, int64_t out, int64_t stride, const void* packed,
-                   int64_t columns, float* weight_sum, const Use& use, const Ahead& ahead = kNothingAhead) {
+                   int64_t columns, float* weight_sum, const Use& use, const Needs& needs = kNeedsNothing,
+                   Ahead* after = nullptr) {
   using Element = typename Word::Element;
   constexpr int64_t e = Word::kElements;
   constexpr int64_t kStride = kTrainingStrip + 48;  // no power of two: rows would fall into few cache sets
@@ -95,19 +100,18 @@ void undo_multiply(typename Word::Element* dy, int64_t rows, int64_t out, int64_
   }
   for (int64_t start = 0; start < columns; start += kGradientChunk) {
     const PixelPanels<Word> panels{z, depth, std::min(kGradientChunk, columns - start)};
+    Ahead needed = needs(start, panels.columns);
     gemm<Word>({reinterpret_cast<const Word*>(dy), stride / e, rows},
-               {static_cast<const Word*>(packed) + start * k, k, panels.columns, 0, k}, dz, false,
-               [&](int64_t row, int64_t count, int64_t column, int64_t width) {
-                 ahead(row, count, start + column, width);
-               });
+               {static_cast<const Word*>(packed) + start * k, k, panels.columns, 0, k}, dz, false, &needed);
     use(start, panels.columns, dz, panels);
     if (weight_sum == nullptr) continue;
     panels.clear(ceil_div(rows, e), depth);
     float* const sum = weight_sum + start * round_up(out, I::kRowBlock);
     if constexpr (e == 2)
-      gemm<Word>({reinterpret_cast<const Word*>(transposed), kStride / e, out}, panels.panels(0, depth), sum, true);
+      gemm<Word>({reinterpret_cast<const Word*>(transposed), kStride / e, out}, panels.panels(0, depth), sum, true,
+                 after);
     else
-      add_gemm<Word>({reinterpret_cast<const Word*>(dy), stride, out}, panels.panels(0, depth), sum);
+      add_gemm<Word>({reinterpret_cast<const Word*>(dy), stride, out}, panels.panels(0, depth), sum, after);
   }
 }
 

@@ -41,10 +41,11 @@ struct Window {
 };
 
 // Rows [first, last) of all the slices' rows, tap by tap; sink(slice, y, row) takes [width, columns] floats. A product
-// may run over several rows: what it makes of the border between them is not used.
+// may run over several rows: what it makes of the border between them is not used. Its multiplies ask for memory
+// `ahead`; so do those below.
 template <class Word, class Sink>
 void convolve_directly(const Window<Word>& window, const typename Word::Element* u, const void* packed, int64_t columns,
-                       int64_t first, int64_t last, const Sink& sink) {
+                       int64_t first, int64_t last, const Sink& sink, Ahead* ahead = nullptr) {
   constexpr int e = Word::kElements;
   const int64_t k = window.channels / e, pixel = window.stride / e, width = window.padded_width();
   const int64_t together = std::max<int64_t>(1, Isa::kRun / width);
@@ -59,7 +60,7 @@ void convolve_directly(const Window<Word>& window, const typename Word::Element*
     count = std::min({together, last - row, window.height - top});
     const auto* const pixels = reinterpret_cast<const Word*>(u) + window.pixel(slice, top, -1) * pixel;
     gemm<Word>({pixels, pixel, (count - 1) * width + window.width, {3, pixel, runs, starts}},
-               {w, 3 * k, columns, 0, k}, y, false);
+               {w, 3 * k, columns, 0, k}, y, false, ahead);
     for (int64_t i = 0; i < count; ++i) sink(slice, top + i, y + i * width * columns);
   }
 }
@@ -128,7 +129,7 @@ inline bool transform_output(const float* m, int64_t m_step, int64_t columns, fl
 // so such bands are made again tap by tap.
 template <class Sink>
 void convolve_by_winograd(const Window<FloatWord>& window, const float* u, const void* packed, int64_t columns,
-                          int64_t first, int64_t last, const Sink& sink) {
+                          int64_t first, int64_t last, const Sink& sink, Ahead* ahead = nullptr) {
   const int64_t across = window.tiles_across(), tiles = (last - first) * across;
   const int64_t summed = 2 * window.reach_z + 1, c = summed * window.channels;
   const int64_t part = stride_of<FloatWord>(window.channels), stride = summed * part;
@@ -143,7 +144,7 @@ void convolve_by_winograd(const Window<FloatWord>& window, const float* u, const
         [=](int64_t tile, int64_t channel) { return v + tile * stride + slice * part + channel; }, v_step);
   for (int64_t i = 0; i < 16; ++i)
     gemm<FloatWord>({reinterpret_cast<const FloatWord*>(v + i * v_step), stride, tiles, {summed, part}},
-                    {w + i * c * columns, c, columns, 0, window.channels}, m + i * m_step, false);
+                    {w + i * c * columns, c, columns, 0, window.channels}, m + i * m_step, false, ahead);
   for (int64_t band = first; band < last; ++band) {
     const int64_t slice = band / window.bands_of_slice(), y = band % window.bands_of_slice() * 2;
     const int64_t below = 2 * across * columns;
@@ -191,7 +192,7 @@ inline void transform_gradient(const Window<FloatWord>& window, const float* dy,
 // of the slices that are summed.
 inline void add_weight_gradient_in_places(const Window<FloatWord>& u_window, const float* u,
                                           const Window<FloatWord>& dy_window, const float* dy, int64_t out,
-                                          float* sum) {
+                                          float* sum, Ahead* ahead) {
   const int64_t tiles = u_window.bands() * u_window.tiles_across(), c = u_window.stride, k = dy_window.stride;
   const int64_t v_step = tiles * c + Isa::kLanes, m_step = tiles * k + Isa::kLanes;
   Scratch& scratch = Scratch::of_this_thread();
@@ -210,14 +211,14 @@ inline void add_weight_gradient_in_places(const Window<FloatWord>& u_window, con
         [to = panels(0)](int64_t tile, int64_t channel) { return to.at(tile, channel); }, v_step);
     for (int64_t i = 0; i < 16; ++i, sum += weight_sum_size(out, c))
       add_gemm<FloatWord>({reinterpret_cast<const FloatWord*>(m + i * m_step), k, out}, panels(i).panels(0, tiles),
-                          sum);
+                          sum, ahead);
   }
 }
 
 // The same of sequences, by taps: the middle row of 9.
 inline void add_weight_gradient_of_sequences(const Window<FloatWord>& u_window, const float* u,
                                              const Window<FloatWord>& dy_window, const float* dy, int64_t out,
-                                             float* sum) {
+                                             float* sum, Ahead* ahead) {
   const int64_t c = u_window.stride, width = u_window.padded_width();
   const PixelPanels<FloatWord> panels{Scratch::of_this_thread().gradient.get<float>(width * c), width, c};
   for (int64_t sequence = 0; sequence < dy_window.slices(); ++sequence) {
@@ -230,7 +231,7 @@ inline void add_weight_gradient_of_sequences(const Window<FloatWord>& u_window, 
     const float* const gradient = dy + dy_window.pixel(sequence, 0, 0) * dy_window.stride;
     for (int64_t tap = 0; tap < 3; ++tap)
       add_gemm<FloatWord>({reinterpret_cast<const FloatWord*>(gradient), dy_window.stride, out},
-                          panels.panels(tap, width - 2), sum + (3 + tap) * weight_sum_size(out, c));
+                          panels.panels(tap, width - 2), sum + (3 + tap) * weight_sum_size(out, c), ahead);
   }
 }
 
@@ -264,7 +265,7 @@ struct PixelGrid {
 // window's; its rows y, from -1 to the window's height, are zeros unless exists(slice, z, y).
 template <class Word, class Exists, class U, class I = Isa>
 void add_weight_gradient(const Window<Word>& dy_window, const typename Word::Element* dy, int64_t out, int64_t columns,
-                         const Exists& exists, const U& u, float* sum) {
+                         const Exists& exists, const U& u, float* sum, Ahead* ahead) {
   using Element = typename Word::Element;
   constexpr int64_t e = Word::kElements;
   const PixelGrid grid{dy_window.slices(), dy_window.height, dy_window.width};
@@ -304,6 +305,6 @@ void add_weight_gradient(const Window<Word>& dy_window, const typename Word::Ele
 
     for (int64_t tap = 3 - 3 * dy_window.reach_y; tap < 6 + 3 * dy_window.reach_y; ++tap)
       gemm<Word>({reinterpret_cast<const Word*>(transposed + 2 - tap % 3), stride / e, out},
-                 panels.panels(tap / 3 * pitch / e, depth / e), sum + tap * weight_sum_size(out, columns), true);
+                 panels.panels(tap / 3 * pitch / e, depth / e), sum + tap * weight_sum_size(out, columns), true, ahead);
   }
 }

@@ -9,7 +9,7 @@
 // A tile of kRows x kPanel accumulators stays in registers over all of k, or one of more rows by one vector: each sum
 // waits for the one before it, so few sums at a time would leave the multipliers idle. Tiles of fewer rows make up the
 // rest, so nothing is computed twice and every sum runs over k in order: results do not depend on how the pixels were
-// cut.
+// cut. With each of its words a tile that kAsks asks for a line of memory that is read after it.
 //
 // Included by each instruction set's file, inside its namespace, after its Isa.
 
@@ -23,12 +23,14 @@ struct Taps {
   const int64_t* starts = kNone;  // of the runs, in words from the row's own place
 };
 
-template <Layout kLayout, class Word, int kTileRows, int kVectors>
+template <Layout kLayout, bool kAsks, class Word, int kTileRows, int kVectors>
 void gemm_tile(const Word* a, int64_t lda, const Taps& taps, const Word* b, int64_t b_run, int64_t k, float* c,
-               int64_t ldc, bool accumulate) {
+               int64_t ldc, bool accumulate, [[maybe_unused]] Ahead* ahead) {
   constexpr int kGroup = kLayout == kByRows ? 3 : kTileRows;  // rows reached from one pointer
   constexpr int kPointers = (kTileRows + kGroup - 1) / kGroup;
   const int64_t row_step = kLayout == kByRows ? lda : 1, k_step = kLayout == kByRows ? 1 : lda;
+  Ahead own;  // in registers
+  if constexpr (kAsks) own = *ahead;
   typename Isa::Vector acc[kTileRows][kVectors];
 #pragma GCC unroll 32
   for (int r = 0; r < kTileRows; ++r)
@@ -41,6 +43,7 @@ void gemm_tile(const Word* a, int64_t lda, const Taps& taps, const Word* b, int6
       const Word* rows[kPointers];
       for (int i = 0; i < kPointers; ++i) rows[i] = at + i * kGroup * row_step;
       for (int64_t i = 0; i < k; ++i, next += kVectors * Isa::kLanes) {
+        if constexpr (kAsks) own.ask();
         decltype(Isa::load_words(next)) bv[kVectors];
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) bv[v] = Isa::load_words(next + v * Isa::kLanes);
@@ -55,6 +58,7 @@ void gemm_tile(const Word* a, int64_t lda, const Taps& taps, const Word* b, int6
       }
     }
   }
+  if constexpr (kAsks) *ahead = own;
 
 #pragma GCC unroll 32
   for (int r = 0; r < kTileRows; ++r)
@@ -66,11 +70,12 @@ void gemm_tile(const Word* a, int64_t lda, const Taps& taps, const Word* b, int6
 }
 
 template <class Word>
-using GemmTile = void (*)(const Word*, int64_t, const Taps&, const Word*, int64_t, int64_t, float*, int64_t, bool);
+using GemmTile = void (*)(const Word*, int64_t, const Taps&, const Word*, int64_t, int64_t, float*, int64_t, bool,
+                          Ahead*);
 
-template <Layout kLayout, class Word, int kVectors, int... kMinusOne>
+template <Layout kLayout, bool kAsks, class Word, int kVectors, int... kMinusOne>
 constexpr std::array<GemmTile<Word>, sizeof...(kMinusOne)> gemm_tiles(std::integer_sequence<int, kMinusOne...>) {
-  return {gemm_tile<kLayout, Word, kMinusOne + 1, kVectors>...};
+  return {gemm_tile<kLayout, kAsks, Word, kMinusOne + 1, kVectors>...};
 }
 
 // Tiles of one row, two and so on, `vectors` wide.
@@ -80,19 +85,24 @@ struct GemmTiles {
   int64_t most;
 
   template <Layout kLayout>
+  static GemmTiles of(int64_t vectors, bool asks) {
+    return asks ? of<kLayout, true>(vectors) : of<kLayout, false>(vectors);
+  }
+  template <Layout kLayout, bool kAsks>
   static GemmTiles of(int64_t vectors) {
-    static constexpr auto narrow = gemm_tiles<kLayout, Word, 1>(std::make_integer_sequence<int, 3 * Isa::kRows / 2>{});
-    static constexpr auto wide = gemm_tiles<kLayout, Word, 2>(std::make_integer_sequence<int, Isa::kRows>{});
+    static constexpr auto narrow =
+        gemm_tiles<kLayout, kAsks, Word, 1>(std::make_integer_sequence<int, 3 * Isa::kRows / 2>{});
+    static constexpr auto wide = gemm_tiles<kLayout, kAsks, Word, 2>(std::make_integer_sequence<int, Isa::kRows>{});
     return vectors == 1 ? GemmTiles{narrow.data(), narrow.size()} : GemmTiles{wide.data(), wide.size()};
   }
 
-  // tile(row, count, of_rows) for as few tiles of as equal heights as can be.
+  // tile(row, of_rows) for as few tiles of as equal heights as can be.
   template <class F>
   void cover(int64_t rows, const F& tile) const {
     const int64_t tiles = ceil_div(rows, most);
     for (int64_t i = 0, row = 0; i < tiles; ++i) {
       const int64_t end = rows * (i + 1) / tiles;
-      tile(row, end - row, of_rows[end - row - 1]);
+      tile(row, of_rows[end - row - 1]);
       row = end;
     }
   }
@@ -121,32 +131,28 @@ struct Panels {
   int64_t start, k;
 };
 
-inline constexpr auto kNothingAhead = [](int64_t, int64_t, int64_t, int64_t) {};
-
-// Before each tile, ahead(row, rows, column, columns) may ask for memory that is needed later: multiplies leave it idle.
-template <class Word, class Ahead = decltype(kNothingAhead)>
-void gemm(const Rows<Word>& a, const Panels<Word>& b, float* c, bool accumulate, const Ahead& ahead = kNothingAhead) {
+template <class Word>
+void gemm(const Rows<Word>& a, const Panels<Word>& b, float* c, bool accumulate, Ahead* ahead = nullptr) {
   for (int64_t column = 0; column < b.columns; column += Isa::kPanel) {
     const int64_t width = std::min<int64_t>(Isa::kPanel, b.columns - column);
     const Word* const panel = b.data + column * b.depth + b.start * width;
-    const auto tiles = GemmTiles<Word>::template of<kByRows>(width / Isa::kLanes);
-    tiles.cover(a.count, [&](int64_t row, int64_t rows, GemmTile<Word> tile) {
-      ahead(row, rows, column, width);
+    const auto tiles = GemmTiles<Word>::template of<kByRows>(width / Isa::kLanes, ahead != nullptr);
+    tiles.cover(a.count, [&](int64_t row, GemmTile<Word> tile) {
       tile(a.data + row * a.stride, a.stride, a.taps, panel, b.depth * b.columns, b.k, c + row * b.columns + column,
-           b.columns, accumulate);
+           b.columns, accumulate, ahead);
     });
   }
 }
 
 // C += A^T B.
 template <class Word>
-void add_gemm(const Columns<Word>& a, const Panels<Word>& b, float* c) {
+void add_gemm(const Columns<Word>& a, const Panels<Word>& b, float* c, Ahead* ahead = nullptr) {
   for (int64_t column = 0; column < b.columns; column += Isa::kPanel) {
     const int64_t width = std::min<int64_t>(Isa::kPanel, b.columns - column);
     const Word* const panel = b.data + column * b.depth + b.start * width;
-    const auto tiles = GemmTiles<Word>::template of<kByColumns>(width / Isa::kLanes);
-    tiles.cover(a.count, [&](int64_t row, int64_t, GemmTile<Word> tile) {
-      tile(a.data + row, a.stride, {}, panel, 0, b.k, c + row * b.columns + column, b.columns, true);
+    const auto tiles = GemmTiles<Word>::template of<kByColumns>(width / Isa::kLanes, ahead != nullptr);
+    tiles.cover(a.count, [&](int64_t row, GemmTile<Word> tile) {
+      tile(a.data + row, a.stride, {}, panel, 0, b.k, c + row * b.columns + column, b.columns, true, ahead);
     });
   }
 }

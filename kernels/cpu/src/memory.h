@@ -1,6 +1,7 @@
 // Scratch memory of a thread, kept between calls so that no call pays for fresh pages.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -35,6 +36,42 @@ inline void prefetch(const T* p, int64_t count) {
   for (int64_t i = 0; i < count; i += kCacheLine / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i);
   __builtin_prefetch(p + count - 1);
 }
+
+// Memory that is read soon, asked for a line at a time by a multiply, whose own loads leave it idle. In a bunch,
+// requests would fill the queue that those loads wait in. On a Zen 5, at 16 GB/s for each of two threads, multiplies
+// take 1.07 times as long so, and 1.4 times where each tile begins with its share of the requests.
+class Ahead {
+ public:
+  // Of one array, then of another: rows of `width` elements, `stride` apart.
+  template <class T>
+  Ahead& add(const T* first, int64_t rows, int64_t stride, int64_t width) {
+    constexpr int64_t kSize = sizeof(T);
+    const bool dense = stride == width;
+    (now_.count == 0 ? now_ : then_) = {reinterpret_cast<const char*>(first), dense ? 1 : rows, stride * kSize,
+                                        (dense ? rows : 1) * width * kSize};
+    return *this;
+  }
+
+  void ask() {
+    if (now_.count == 0) return;
+    __builtin_prefetch(now_.first + std::min(asked_, now_.width - 1));
+    asked_ += kCacheLine;
+    if (asked_ < now_.width + kCacheLine - 1) return;  // it may end in one line more than it is long
+    asked_ = 0;
+    now_.first += now_.stride;
+    if (--now_.count > 0) return;
+    now_ = then_;
+    then_.count = 0;
+  }
+
+ private:
+  struct Rows {
+    const char* first = nullptr;
+    int64_t count = 0, stride = 0, width = 0;  // in bytes
+  };
+  Rows now_, then_;
+  int64_t asked_ = 0;  // bytes of a row
+};
 
 class Buffer {
  public:

@@ -160,11 +160,16 @@ class TrainingBlock {
       for (int64_t strip = begin; strip < end; ++strip) {
         const int64_t first = pixels_ * strip / strips, rows = pixels_ * (strip + 1) / strips - first;
         const Store* const x = x_ + first * channels_;
+        Ahead ahead;
+        ahead.add(h + first * hidden_, rows, hidden_, hidden_);
+        if (strip + 1 < end) ahead.add(x + rows * channels_, rows, channels_, c);
         float* const product = multiply_strip<Word>(
-            rows, depth_of<Word>(c), hidden_columns_, w, [&](int64_t row, int64_t start, int64_t depth, Element* z) {
+            rows, depth_of<Word>(c), hidden_columns_, w,
+            [&](int64_t row, int64_t start, int64_t depth, Element* z) {
               prefetch(x + (row + kAhead) * channels_ + start, std::min(depth, c - start));
               affine_relu_row(x + row * channels_ + start, norm1_.from(start), std::min(depth, c - start), depth, z);
-            });
+            },
+            &ahead);
         for (int64_t row = 0; row < rows; ++row) {
           drop(product + row * hidden_columns_, layer.bottleneck_mask, first + row, hidden_);
           store_row<Round>(product + row * hidden_columns_, hidden_, h + (first + row) * hidden_);
@@ -235,7 +240,16 @@ class TrainingBlock {
         const Place place = windows_[n];
         const Window<Word> window = padded_window(place, p_.growth_rate);
         const Element* const dy = make_dy(i, place, window);
-        convolve_in_parts(window, dy, w, columns, [&](int64_t slice, int64_t row, const float* du) {
+        const int64_t pixels = window.rows() * p_.width, here = pixel(place, 0, 0), next = here + pixels;
+        Ahead masked, arriving;
+        masked.add(source + here * stride, pixels, stride, c);
+        if (hidden_ > 0) masked.add(da_ + here * hidden_columns_, pixels, hidden_columns_, hidden_columns_);
+        else masked.add(arriving_ + here * channels_, pixels, channels_, c);
+        if (n + 1 < end) {
+          arriving.add(x_ + next * channels_ + channels(i), pixels, channels_, p_.growth_rate);
+          arriving.add(arriving_ + next * channels_ + channels(i), pixels, channels_, p_.growth_rate);
+        }
+        const auto mask = [&](int64_t slice, int64_t row, const float* du) {
           const int64_t first = pixel(place, slice, row);
           const Source* const x = source + first * stride;
           if (hidden_ > 0)
@@ -244,8 +258,9 @@ class TrainingBlock {
             });
           else
             mask_row(x, stride, c, norm, du, columns, s1, s2, gather(norm, first));
-        });
-        if (wants_weight) add_conv3_gradient(place, window, dy, source, stride, c, norm, weight_sum);
+        };
+        convolve_in_parts(window, dy, w, columns, mask, &masked);
+        if (wants_weight) add_conv3_gradient(place, window, dy, source, stride, c, norm, weight_sum, &arriving);
       }
     });
     finish_norm(norm, c, c_padded, hidden_ > 0 ? layer.norm2_weight : layer.norm1_weight,
@@ -296,20 +311,23 @@ class TrainingBlock {
       double* const s2 = s1 + c_padded;
       float* const weight_sum = wants_weight ? weight_sums_.clear(slot) : nullptr;
       Element* const dh = Scratch::of_this_thread().dy.get<Element>(kTrainingStrip * hidden_padded_);
+      const auto* const h = static_cast<const Round*>(layer.bottleneck);
       for (int64_t strip = begin; strip < end; ++strip) {
         const int64_t first = pixels_ * strip / strips, rows = pixels_ * (strip + 1) / strips - first;
         make_dh(layer, first, rows, dh);
-        undo_multiply<Word>(dh, rows, hidden_, hidden_padded_, w, columns, weight_sum,
-                            [&](int64_t start, int64_t width, const float* dz, const PixelPanels<Word>& z) {
-                              undo_norm1(first, rows, start, width, c, dz, z, s1, s2);
-                            },
-                            [&](int64_t row, int64_t count, int64_t start, int64_t width) {
-                              for (int64_t i = 0; i < count; ++i) {
-                                const int64_t at = (first + row + i) * channels_ + start;
-                                prefetch(x_ + at, width);
-                                prefetch(arriving_ + at, width);
-                              }
-                            });
+        Ahead after;
+        if (strip + 1 < end) {
+          after.add(h + (first + rows) * hidden_, rows, hidden_, hidden_);
+          after.add(da_ + (first + rows) * hidden_columns_, rows, hidden_columns_, hidden_columns_);
+        }
+        const auto use = [&](int64_t start, int64_t width, const float* dz, const PixelPanels<Word>& z) {
+          undo_norm1(first, rows, start, width, c, dz, z, s1, s2);
+        };
+        const auto needs = [&](int64_t start, int64_t width) {
+          const int64_t at = first * channels_ + start;
+          return Ahead().add(x_ + at, rows, channels_, width).add(arriving_ + at, rows, channels_, width);
+        };
+        undo_multiply<Word>(dh, rows, hidden_, hidden_padded_, w, columns, weight_sum, use, needs, &after);
       }
     });
     finish_norm(norm1_, c, c_padded, layer.norm1_weight, layer.norm1_bias);
@@ -423,14 +441,14 @@ class TrainingBlock {
   // The weight's gradient of a 3x3: a window's part of it, in Winograd's places or by taps.
   template <class Source>
   void add_conv3_gradient(const Place& place, const Window<Word>& dy_window, const Element* dy, const Source* source,
-                          int64_t stride, int64_t c, const Normalization& norm, float* sum) const {
+                          int64_t stride, int64_t c, const Normalization& norm, float* sum, Ahead* ahead) const {
     if constexpr (kIsWinograd<Word>) {
       const Window<Word> window = padded_window(place, c);
       const float* const u = make_u(place, window, source, stride, c, norm);
       if (window.by_winograd())
-        add_weight_gradient_in_places(window, u, dy_window, dy, p_.growth_rate, sum);
+        add_weight_gradient_in_places(window, u, dy_window, dy, p_.growth_rate, sum, ahead);
       else
-        add_weight_gradient_of_sequences(window, u, dy_window, dy, p_.growth_rate, sum);
+        add_weight_gradient_of_sequences(window, u, dy_window, dy, p_.growth_rate, sum, ahead);
     } else {
       add_weight_gradient<Word>(
           dy_window, dy, p_.growth_rate, round_up(c, Isa::kLanes),
@@ -438,7 +456,7 @@ class TrainingBlock {
           [&](int64_t slice, int64_t z, int64_t y, int64_t x, int64_t v) {
             return norm(load_up_to(source + (pixel(place, slice + z, y) + x) * stride + v, c - v), v);
           },
-          sum);
+          sum, ahead);
     }
   }
 
@@ -497,16 +515,17 @@ class TrainingBlock {
 
   template <class Sink>
   void convolve_in_parts(const Window<Word>& window, const Element* u, const void* w, int64_t columns,
-                         const Sink& sink) const {
+                         const Sink& sink, Ahead* ahead = nullptr) const {
     if constexpr (kIsWinograd<Word>)
       if (window.by_winograd()) {
         const int64_t bands = window.bands(), parts = ceil_div(bands * window.tiles_across(), kTiles);
         const int64_t pieces = std::min(bands, parts);
         for (int64_t piece = 0; piece < pieces; ++piece)
-          convolve_by_winograd(window, u, w, columns, bands * piece / pieces, bands * (piece + 1) / pieces, sink);
+          convolve_by_winograd(window, u, w, columns, bands * piece / pieces, bands * (piece + 1) / pieces, sink,
+                               ahead);
         return;
       }
-    convolve_directly(window, u, w, columns, 0, window.rows(), sink);
+    convolve_directly(window, u, w, columns, 0, window.rows(), sink, ahead);
   }
 
   // Calls make(pixel, target) for a window's pixels and the rows and slices beside it, and sets zeros beyond the image.
