@@ -162,7 +162,7 @@ class TrainingBlock {
         const Store* const x = x_ + first * channels_;
         Ahead ahead;
         ahead.add(h + first * hidden_, rows, hidden_, hidden_);
-        if (strip + 1 < end) ahead.add(x + rows * channels_, rows, channels_, c);
+        if (strip + 1 < strips) ahead.add(x + rows * channels_, rows, channels_, c);
         float* const product = multiply_strip<Word>(
             rows, depth_of<Word>(c), hidden_columns_, w,
             [&](int64_t row, int64_t start, int64_t depth, Element* z) {
