@@ -94,14 +94,30 @@ class DenseBlock {
     const int64_t rows = window.images * pixels_, strips = team.pieces(rows, kStrip);
     team.run(strips, [&](int64_t begin, int64_t end) {
       [[maybe_unused]] const typename Isa::Session session;
+      Ahead weights = weights_after_conv1(layer, window);
       for (int64_t strip = begin; strip < end; ++strip) {
         const int64_t first = rows * strip / strips, last = rows * (strip + 1) / strips;
-        make_u_strip(layer, out_ + (image * pixels_ + first) * channels_, window, first, last - first, u);
+        make_u_strip(layer, out_ + (image * pixels_ + first) * channels_, window, first, last - first, u, weights);
       }
     });
   }
 
-  void make_u_strip(int64_t layer, const Store* x, const Window<Word>& window, int64_t first, int64_t rows, Element* u) {
+  // What is multiplied after the 1x1 of a layer: few images come back to a weight when the caches have lost it.
+  Ahead weights_after_conv1(int64_t layer, const Window<Word>& window) const {
+    const int64_t taps = (2 * window.reach_z + 1) * (window.by_winograd() ? 16 : 3 * (2 * window.reach_y + 1));
+    const int64_t size = taps * window.channels * round_up(p_.growth_rate, Isa::kLanes);
+    const auto* const conv3 = static_cast<const Element*>(p_.conv3[layer]);
+    Ahead weights;
+    weights.add(window.by_winograd() ? conv3 + size / 16 * 9 : conv3, 1, size, size);
+    if (has_bottleneck_ && layer + 1 < p_.layers) {
+      const int64_t next = padded<Word>(channels(layer + 1)) * round_up(p_.bottleneck_channels, Isa::kLanes);
+      weights.add(static_cast<const Element*>(p_.conv1[layer + 1]), 1, next, next);
+    }
+    return weights;
+  }
+
+  void make_u_strip(int64_t layer, const Store* x, const Window<Word>& window, int64_t first, int64_t rows, Element* u,
+                    Ahead& weights) {
     const int64_t c = channels(layer), columns = round_up(p_.bottleneck_channels, Isa::kLanes);
     const Prologue& norm = norm1_[layer];
     const float* h = nullptr;
@@ -110,7 +126,8 @@ class DenseBlock {
                                [&](int64_t row, int64_t start, int64_t depth, Element* z) {
                                  affine_relu_row(x + row * channels_ + start, norm.from(start),
                                                  std::min(depth, c - start), depth, z);
-                               });
+                               },
+                               &weights);
     int64_t slice = first / slice_, i = first % slice_ / p_.width, j = first % p_.width;
     for (int64_t row = 0; row < rows; ++row) {
       Element* const target = u + window.pixel(slice, i, j) * window.stride;
