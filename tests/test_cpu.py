@@ -695,3 +695,46 @@ def test_sanitisers_find_nothing(compiled, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("clean on") >= len(OFFERS)
+
+
+AHEAD = """
+#include <cstdio>
+static const void* asked;
+#define __builtin_prefetch(p) (asked = (p))
+#include "memory.h"
+
+alignas(64) static char memory[1 << 16];
+
+int main() {
+  fastdense::Ahead ahead;
+  ahead.add(reinterpret_cast<const float*>(memory + FIRST), ROWS, STRIDE, WIDTH);
+  ahead.add(memory + 32768, 3, 64, 64);
+  do {
+    asked = nullptr;
+    ahead.ask();
+    if (asked != nullptr) std::printf("%ld ", (static_cast<const char*>(asked) - memory) / 64);
+  } while (asked != nullptr);
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize(
+    ("first", "rows", "stride", "width"),
+    [(0, 5, 64, 16), (48, 7, 54, 12), (32, 6, 54, 40), (60, 1, 300, 300), (20, 4, 48, 48)],
+    ids=["of a line each", "over a line's end", "of several lines", "one", "dense"],
+)
+def test_every_line_is_asked_for(tmp_path, first, rows, stride, width):
+    """Those of rows of floats, then those of the next array, and no others; then nothing."""
+    (tmp_path / "ahead.cpp").write_text(AHEAD)
+    sizes = dict(FIRST=first, ROWS=rows, STRIDE=stride, WIDTH=width)
+    program = str(tmp_path / "ahead")
+    definitions = [f"-D{name}={value}" for name, value in sizes.items()]
+    subprocess.run(
+        ["g++", "-std=c++17", f"-I{SOURCES}", *definitions, str(tmp_path / "ahead.cpp"), "-o", program], check=True
+    )
+    asked = [int(line) for line in subprocess.run([program], check=True, capture_output=True).stdout.split()]
+    starts = [first + 4 * stride * row for row in range(rows)]
+    lines = {line for start in starts for line in range(start // 64, (start + 4 * width - 1) // 64 + 1)}
+    assert set(asked) == lines | {512, 513, 514}
+    assert asked[-4:-1] == [512, 513, 514]  # and its last again, where it might have ended in one more
