@@ -73,17 +73,14 @@ inline constexpr int64_t kGradientChunk = 4 * Isa::kPanel;  // of a strip's chan
 // Pixels of a strip in training, at most. A weight's gradient is loaded and stored once a strip, and W read.
 inline constexpr int64_t kTrainingStrip = 4 * Isa::kStrip;
 
-inline constexpr auto kNeedsNothing = [](int64_t, int64_t) { return Ahead(); };
-
 // A 1x1 convolution of a strip backwards, from dy, `out` channels of pixels `stride` apart. Called for some of its
 // input channels, from `start`, use(start, width, dz, z) takes their gradient dz [rows, width] and writes the input
 // itself to z; from that the weight's gradient is added to weight_sum, unless it is null: [out, width] one after
 // another. The multiply that makes dz asks for needs(start, width), which `use` reads then, the other for what is read
 // `after` this strip.
-template <class Word, class Use, class Needs = decltype(kNeedsNothing), class I = Isa>
+template <class Word, class Use, class Needs, class I = Isa>
 void undo_multiply(typename Word::Element* dy, int64_t rows, int64_t out, int64_t stride, const void* packed,
-                   int64_t columns, float* weight_sum, const Use& use, const Needs& needs = kNeedsNothing,
-                   Ahead* after = nullptr) {
+                   int64_t columns, float* weight_sum, const Use& use, const Needs& needs, Ahead* after = nullptr) {
   using Element = typename Word::Element;
   constexpr int64_t e = Word::kElements;
   constexpr int64_t kStride = kTrainingStrip + 48;  // no power of two: rows would fall into few cache sets

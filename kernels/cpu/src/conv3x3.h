@@ -134,7 +134,7 @@ void convolve_by_winograd(const Window<FloatWord>& window, const float* u, const
   const int64_t summed = 2 * window.reach_z + 1, c = summed * window.channels;
   const int64_t part = stride_of<FloatWord>(window.channels), stride = summed * part;
   const int64_t v_step = tiles * stride + Isa::kLanes, m_step = tiles * columns + Isa::kLanes;
-  const auto* const w = static_cast<const FloatWord*>(packed) + 9 * c * columns;
+  const auto* const w = static_cast<const FloatWord*>(packed) + places_start(c, columns);
   Scratch& scratch = Scratch::of_this_thread();
   float* const v = scratch.z.get<float>(16 * v_step);
   float* const m = scratch.product.get<float>(16 * m_step);

@@ -104,14 +104,17 @@ class DenseBlock {
 
   // What is multiplied after the 1x1 of a layer: few images come back to a weight when the caches have lost it.
   Ahead weights_after_conv1(int64_t layer, const Window<Word>& window) const {
-    const int64_t taps = (2 * window.reach_z + 1) * (window.by_winograd() ? 16 : 3 * (2 * window.reach_y + 1));
-    const int64_t size = taps * window.channels * round_up(p_.growth_rate, Isa::kLanes);
-    const auto* const conv3 = static_cast<const Element*>(p_.conv3[layer]);
     Ahead weights;
-    weights.add(window.by_winograd() ? conv3 + size / 16 * 9 : conv3, 1, size, size);
-    if (has_bottleneck_ && layer + 1 < p_.layers) {
-      const int64_t next = padded<Word>(channels(layer + 1)) * round_up(p_.bottleneck_channels, Isa::kLanes);
-      weights.add(static_cast<const Element*>(p_.conv1[layer + 1]), 1, next, next);
+    if (!has_bottleneck_) return weights;
+    const int64_t in = (2 * window.reach_z + 1) * window.channels, columns = round_up(p_.growth_rate, Isa::kLanes);
+    const auto* const conv3 = static_cast<const Element*>(p_.conv3[layer]);
+    if (window.by_winograd())
+      weights.add(conv3 + places_start(in, columns), 16 * in, columns, columns);
+    else
+      weights.add(conv3, 3 * (2 * window.reach_y + 1) * in, columns, columns);
+    if (layer + 1 < p_.layers) {
+      const int64_t hidden = round_up(p_.bottleneck_channels, Isa::kLanes);
+      weights.add(static_cast<const Element*>(p_.conv1[layer + 1]), padded<Word>(channels(layer + 1)), hidden, hidden);
     }
     return weights;
   }

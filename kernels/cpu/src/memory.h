@@ -1,4 +1,5 @@
-// Scratch memory of a thread, kept between calls so that no call pays for fresh pages.
+// Memory's time: of fresh pages, of lines that are asked for before they are read, and of a thread's scratch, kept
+// between calls so that no call pays for its pages.
 #pragma once
 
 #include <algorithm>

@@ -30,6 +30,9 @@ int64_t stride_of(int64_t channels) {
   return round_up(channels, std::max<int64_t>(Isa::kLanes, Isa::template kDepth<Word>));
 }
 
+// Where the places begin, in words, behind the taps of a 3x3 of so many inputs, of all its slices.
+inline int64_t places_start(int64_t in, int64_t columns) { return 9 * in * columns; }
+
 inline void convert(float from, float& to) { to = from; }
 inline void convert(float from, BFloat16& to) {  // to nearest even; NaN stays NaN
   uint32_t bits;
@@ -72,7 +75,7 @@ class Packer {
             pack_tap<Source>(z, y, x, first, last, packed + (z * w_.height + y) * w_.width * in_ * columns_);
       if constexpr (kIsWinograd<Word>)
         for (int64_t z = 0; z < w_.depth && has_places(); ++z)
-          pack_places<Source>(z, first, last, packed + w_.depth * 9 * in_ * columns_);
+          pack_places<Source>(z, first, last, packed + places_start(w_.depth * in_, columns_));
     });
   }
 
