@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -476,6 +477,34 @@ def test_bytes_touched_are_the_compulsory_ones(train, one_launch, twins, randn, 
             assert sum(_bytes_in(program, x_ptr) for program in programs) == _bytes_in(touched, x_ptr)
 
 
+@only_interpreted
+def test_a_launch_is_quickly_asked_for(twins, randn):
+    """While a GPU makes a step, its host asks for hundreds of launches: counted in calls of functions for each."""
+    from fastdense.benchmarks.launches import recorded
+
+    block, _ = twins("block", 6, 64)
+    x = randn(2, 64, 8, 8)
+    calls = 0
+
+    def count(frame: Any, event: str, function: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    def step() -> None:
+        torch.autograd.grad(block.train()(x).sum(), list(block.parameters()))
+
+    with recorded(make=False) as launches:
+        step()  # to be remembered
+        launches.clear()
+        sys.setprofile(count)
+        try:
+            step()
+        finally:
+            sys.setprofile(None)
+    assert len(launches) > 60
+    assert calls < 80 * len(launches)
+
+
 # -- operands and tuning ------------------------------------------------------------------------------------------
 
 
@@ -509,10 +538,10 @@ def test_tuned_files_and_their_override(tmp_path, monkeypatch):
     file = tmp_path / "gpu.json"
     file.write_text(json.dumps({"configs": {"conv1x1_fwd": {"n128-k256-many-16bit": {"BLOCK_M": 256}}}}))
     assert tuning.conv1x1_fwd(10**6, 128, 256, half, gpu) == default
-    monkeypatch.setenv("FASTDENSE_TUNED", str(file))
+    monkeypatch.setattr(tuning, "_override", str(file))
     assert tuning.conv1x1_fwd(10**6, 128, 256, half, gpu).BLOCK_M == 256
     assert tuning.conv1x1_fwd(10**6, 128, 512, half, gpu) == default
-    monkeypatch.setenv("FASTDENSE_TUNED", "off")
+    monkeypatch.setattr(tuning, "_override", "off")
     assert tuning.conv1x1_fwd(10**6, 128, 256, half, gpu) == default
 
 

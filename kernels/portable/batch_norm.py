@@ -122,12 +122,19 @@ def affines(norms: list[Norm], dtype: torch.dtype) -> list[Affine]:
     if not norms:
         return []
     weights, biases, means, variances = (
-        [cast(getattr(norm, name), dtype) for norm in norms] for name in ("weight", "bias", "mean", "var")
+        _cast_all([getattr(norm, name) for norm in norms], dtype) for name in ("weight", "bias", "mean", "var")
     )
     rstds = torch._foreach_rsqrt(torch._foreach_add(variances, [norm.eps for norm in norms]))
     scales = torch._foreach_mul(weights, rstds)
     shifts = torch._foreach_addcmul(biases, means, scales, value=-1)
     return list(map(Affine, weights, biases, scales, shifts, means, rstds))
+
+
+def _cast_all(vectors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Each one's :func:`cast`, in three calls where there is something to do."""
+    if all(vector.dtype == dtype for vector in vectors):
+        return vectors
+    return list(torch.cat(vectors).to(dtype).split([vector.shape[0] for vector in vectors]))
 
 
 def affine(norm: Norm, dtype: torch.dtype) -> Affine:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import tuning
 from .conv1x1 import precision
-from .launch import multiprocessors
+from .launch import multiprocessors, next_power_of_2
 from .statistics import Vectors
 from .tile_math import affine_relu, relu
 
@@ -110,7 +110,7 @@ def block_infer(
     _block_infer_kernel[(len(shared) // pixels,)](
         shared, scale1, shift1, w1, scale2, shift2, w3, u,
         *size, c0, width, growth, len(weights1), shared.stride(0),
-        BLOCK_M=config.BLOCK_M, BLOCK_B=config.BLOCK_N, BLOCK_N=triton.next_power_of_2(max(16, growth)),
+        BLOCK_M=config.BLOCK_M, BLOCK_B=config.BLOCK_N, BLOCK_N=next_power_of_2(max(16, growth)),
         BLOCK_K=config.BLOCK_K, PRECISION=precision(dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..portable.batch_norm import Affine
 from . import tuning
+from .launch import ceil_div
 from .statistics import Partials, Vectors
 from .tile_math import affine_relu, drop, mask_by_relu, relu, store_tile_stats
 
@@ -83,15 +84,15 @@ def bn_relu_conv1x1_fwd(
         keep: [M, N], where dropout keeps a value; those are multiplied by ``keep_scale``.
         stats: receives the partial statistics of h.
     """
-    (m, k), n = x.shape, len(weight)
+    (m, k), (n, _) = x.shape, weight.shape
     config = tuning.conv1x1_fwd(m, n, k, weight.dtype, x.device)
     parts = stats.begin(m, n, config.BLOCK_M) if stats is not None else None
     none = norm1.scale
-    _bn_relu_conv1x1_fwd_kernel[(triton.cdiv(m, config.BLOCK_M), triton.cdiv(n, config.BLOCK_N))](
+    _bn_relu_conv1x1_fwd_kernel[(ceil_div(m, config.BLOCK_M), ceil_div(n, config.BLOCK_N))](
         x, norm1.scale, norm1.shift, weight, *(fold or norm1), h, none if keep is None else keep, *(parts or norm1),
         m, k, n, x.stride(0), keep_scale,
         FOLD=fold is not None, DROP=keep is not None, STATS=parts is not None, PRECISION=precision(weight.dtype),
-        **config.arguments(),
+        **config.arguments,
     )  # fmt: skip
 
 
@@ -187,16 +188,16 @@ def bn_relu_conv1x1_bwd(
         sums: receives norm1's s1 and s2 by tile.
         keep: [M, N], where dropout kept a value of h; those were multiplied by ``keep_scale``.
     """
-    (m, k), n = x.shape, len(weight)
+    (m, k), (n, _) = x.shape, weight.shape
     config = tuning.conv1x1_bwd(m, n, k, weight.dtype, x.device)
-    blocks = triton.cdiv(k, config.BLOCK_K)
-    tiles, splits = tuning.split(triton.cdiv(m, config.BLOCK_M), blocks, x.device)
+    blocks = ceil_div(k, config.BLOCK_K)
+    tiles, splits = tuning.split(ceil_div(m, config.BLOCK_M), blocks, x.device)
     parts = sums.begin(m, k, config.BLOCK_M * tiles)
     dw = torch.empty((splits, n, k), dtype=torch.float32, device=x.device) if need_weight else x
     _bn_relu_conv1x1_bwd_kernel[(blocks, splits)](
         x, norm1.scale, norm1.shift, norm1.mean, weight, h, da2, norm2.scale, norm2.mean, *correction2,
         h if keep is None else keep, g, dw, *parts,
         m, k, n, tiles, x.stride(0), g.stride(0), keep_scale,
-        DROP=keep is not None, WGRAD=need_weight, PRECISION=precision(weight.dtype), **config.arguments(),
+        DROP=keep is not None, WGRAD=need_weight, PRECISION=precision(weight.dtype), **config.arguments,
     )  # fmt: skip
     return dw.sum(0) if need_weight else None

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..portable.batch_norm import Affine
 from . import tuning
 from .conv1x1 import precision
+from .launch import ceil_div
 from .statistics import Partials, Vectors
 from .tile_math import affine_relu, drop, mask_by_relu, split_pixels, store_tile_stats, store_tile_sums
 
@@ -86,15 +87,15 @@ def bn_relu_conv3x3_fwd(
         keep: [M, N], where dropout keeps a value; those are multiplied by ``keep_scale``.
         stats: receives the partial statistics of y.
     """
-    (m, k), n = x.shape, len(weight)
+    (m, k), n = x.shape, weight.shape[0]
     config = tuning.conv3x3_fwd(m, n, k, weight.dtype, x.device)
     parts = stats.begin(m, n, config.BLOCK_M) if stats is not None else None
     none = (weight, weight)
-    _bn_relu_conv3x3_fwd_kernel[(triton.cdiv(m, config.BLOCK_M), triton.cdiv(n, config.BLOCK_N))](
+    _bn_relu_conv3x3_fwd_kernel[(ceil_div(m, config.BLOCK_M), ceil_div(n, config.BLOCK_N))](
         x, *(norm or none), weight, y, weight if keep is None else keep, *(parts or none),
         m, *size, k, n, x.stride(0), y.stride(0), keep_scale,
         NORM=norm is not None, DROP=keep is not None, STATS=parts is not None, PRECISION=precision(weight.dtype),
-        **config.arguments(),
+        **config.arguments,
     )  # fmt: skip
 
 
@@ -156,10 +157,10 @@ def conv3x3_dgrad(
     (m, n), k = dy.shape, x.shape[1]
     config = tuning.conv3x3_dgrad(m, n, k, weight.dtype, x.device)
     parts = sums.begin(m, k, config.BLOCK_M)
-    _conv3x3_dgrad_kernel[(triton.cdiv(m, config.BLOCK_M), triton.cdiv(k, config.BLOCK_K))](
+    _conv3x3_dgrad_kernel[(ceil_div(m, config.BLOCK_M), ceil_div(k, config.BLOCK_K))](
         dy, weight, x, norm.scale, norm.shift, norm.mean, out, *parts,
         m, *size, k, n, x.stride(0), out.stride(0),
-        ADD=add, PRECISION=precision(weight.dtype), **config.arguments(),
+        ADD=add, PRECISION=precision(weight.dtype), **config.arguments,
     )  # fmt: skip
 
 
@@ -216,11 +217,11 @@ def bn_relu_conv3x3_wgrad(dy: Tensor, x: Tensor, norm: Affine, size: tuple[int, 
     """dW [N, 9, K], float32, from dy [M, N], dense, and x [M, K] of dense channels."""
     (m, n), k = dy.shape, x.shape[1]
     config = tuning.conv3x3_wgrad(m, n, k, dy.dtype, x.device)
-    blocks_k, blocks_n = 3 * triton.cdiv(k, config.BLOCK_K), triton.cdiv(n, config.BLOCK_N)
-    tiles, splits = tuning.split(triton.cdiv(m, config.BLOCK_M), blocks_k * blocks_n, x.device)
+    blocks_k, blocks_n = 3 * ceil_div(k, config.BLOCK_K), ceil_div(n, config.BLOCK_N)
+    tiles, splits = tuning.split(ceil_div(m, config.BLOCK_M), blocks_k * blocks_n, x.device)
     dw = torch.empty((splits, n, 9, k), dtype=torch.float32, device=x.device)
     _bn_relu_conv3x3_wgrad_kernel[(blocks_k, blocks_n, splits)](
         dy, x, norm.scale, norm.shift, dw, m, *size, k, n, tiles, x.stride(0),
-        PRECISION=precision(dy.dtype), **config.arguments(),
+        PRECISION=precision(dy.dtype), **config.arguments,
     )  # fmt: skip
     return dw.sum(0)

@@ -21,11 +21,10 @@ from ..contract import (
     ChannelStats,
     DenseBlockOutput,
     DenseLayers,
-    Norm,
     empty_channels_last,
 )
 from ..group import join
-from ..portable.batch_norm import affines, rows, zero_stats
+from ..portable.batch_norm import Affine, affines, rows, zero_stats
 from .block_infer import block_infer, fits
 from .conv1x1 import bn_relu_conv1x1_fwd
 from .conv3x3 import bn_relu_conv3x3_fwd
@@ -43,38 +42,41 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
     shared = rows(out)  # X
     stats = zero_stats((layers.output_channels,), store, x.device)
     bottleneck_stats = zero_stats((count, width), store, x.device)
+    each_bottleneck_stats = list(map(ChannelStats, bottleneck_stats.mean, bottleneck_stats.var))
     partials = Partials(x.device)
     share_stats = any(layers.norm1_batch_stats)
     weights1, weights3 = packed_weights(layers, dtype)
+    vectors1, vectors2 = Vectors.empty(layers.output_channels, x.device), Vectors.empty(width, x.device)
     bottleneck: list[Tensor] = []
-    group = join(layers.group, len(shared), x.device)
+    pixels = n * h * w
+    group = join(layers.group, pixels, x.device)
 
-    copy_stats_fwd(x, shared[:, :c0], partials if share_stats else None)
-    vectors = merge_for(layers.norm1(0, stats), stats, partials if share_stats else None, group=group)
+    copy_stats_fwd(x, shared.narrow(1, 0, c0), partials if share_stats else None)
+    merge_for(layers.norm1(0, stats), vectors1, stats, partials if share_stats else None, group=group)
     for layer in range(count):
         channels = c0 + layer * k
-        source = shared[:, :channels]
+        source, vectors = shared.narrow(1, 0, channels), vectors1
         if layers.has_bottleneck:
             if save_bottleneck or not layer:
-                hidden = torch.empty((len(shared), width), dtype=dtype, device=x.device)
+                hidden = torch.empty((pixels, width), dtype=dtype, device=x.device)
             if save_bottleneck:
                 bottleneck.append(hidden)
             wanted = layers.norm2_batch_stats[layer]
-            own = ChannelStats(bottleneck_stats.mean[layer], bottleneck_stats.var[layer])
+            own = each_bottleneck_stats[layer]
             bn_relu_conv1x1_fwd(
                 source, vectors, weights1[layer], hidden,
                 keep=kept(layers.bottleneck_mask, layer), keep_scale=layers.keep_scale,
                 stats=partials if wanted else None,
             )  # fmt: skip
-            source = hidden
-            vectors = merge_for(layers.norm2(layer, own), own, partials if wanted else None, group=group)
+            source, vectors = hidden, vectors2
+            merge_for(layers.norm2(layer, own), vectors2, own, partials if wanted else None, group=group)
         bn_relu_conv3x3_fwd(
-            source, vectors, weights3[layer], shared[:, channels : channels + k], (h, w),
+            source, vectors, weights3[layer], shared.narrow(1, channels, k), (h, w),
             keep=kept(layers.growth_mask, layer), keep_scale=layers.keep_scale, stats=partials if share_stats else None,
         )  # fmt: skip
         if layer + 1 < count:
             norm = layers.norm1(layer + 1, stats)
-            vectors = merge_for(norm, stats, partials if share_stats else None, channels, group)
+            merge_for(norm, vectors1, stats, partials if share_stats else None, channels, group)
         elif share_stats:
             merge(stats, partials, channels, group)
     return DenseBlockOutput(out, bottleneck, *stats, *bottleneck_stats)
@@ -89,19 +91,21 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) ->
     out = empty_channels_last((n, layers.output_channels, h, w), store, x.device)
     shared = rows(out)
     unread = ChannelStats(x.new_empty(0), x.new_empty(0))
-    norms1 = _known([layers.norm1(layer, unread) for layer in range(layers.num_layers)])
-    norms2 = _known([layers.norm2(layer, unread) for layer in range(len(layers.conv2_weight))])
+    norms1, norms2 = (
+        [Vectors(vectors.scale, vectors.shift) for vectors in norms]
+        for norms in block_norms(layers, unread, [unread] * layers.num_layers)
+    )
     weights1, weights3 = packed_weights(layers, dtype)
-    copy_stats_fwd(x, shared[:, :c0], None)
+    copy_stats_fwd(x, shared.narrow(1, 0, c0), None)
     if layers.has_bottleneck and fits(n, h * w, layers.bottleneck_channels, k, x.device):
         block_infer(shared, norms1, weights1, norms2, weights3, c0, (h, w))
         return out
     if layers.has_bottleneck:
-        hidden = torch.empty((len(shared), layers.bottleneck_channels), dtype=dtype, device=x.device)  # u
+        hidden = torch.empty((n * h * w, layers.bottleneck_channels), dtype=dtype, device=x.device)  # u
     for layer in range(layers.num_layers):
         channels = c0 + layer * k
-        source, norm = shared[:, :channels], norms1[layer]
-        new = shared[:, channels : channels + k]
+        source, norm = shared.narrow(1, 0, channels), norms1[layer]
+        new = shared.narrow(1, channels, k)
         if layers.has_bottleneck:
             bn_relu_conv1x1_fwd(source, norm, weights1[layer], hidden, fold=norms2[layer])
             bn_relu_conv3x3_fwd(hidden, None, weights3[layer], new, (h, w))
@@ -110,9 +114,14 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) ->
     return out
 
 
-def _known(norms: list[Norm]) -> list[Vectors]:
-    """The vectors of norms with running statistics."""
-    return [Vectors(vectors.scale, vectors.shift) for vectors in affines(norms, torch.float32)]
+def block_norms(
+    layers: DenseLayers, stats: ChannelStats, bottleneck_stats: list[ChannelStats]
+) -> tuple[list[Affine], list[Affine]]:
+    """The vectors of the layers' norm1 and norm2, made together: on a GPU, few launches for many vectors."""
+    norms = [layers.norm1(layer, stats) for layer in range(layers.num_layers)]
+    norms += [layers.norm2(layer, bottleneck_stats[layer]) for layer in range(len(layers.conv2_weight))]
+    made = affines(norms, torch.float32)
+    return made[: layers.num_layers], made[layers.num_layers :]
 
 
 def packed_weights(layers: DenseLayers, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:

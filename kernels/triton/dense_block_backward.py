@@ -26,10 +26,10 @@ from ..contract import (
     empty_channels_last,
 )
 from ..group import join
-from ..portable.batch_norm import Affine, affines, laid_out_as, rows
+from ..portable.batch_norm import Affine, laid_out_as, rows
 from .conv1x1 import bn_relu_conv1x1_bwd, bn_relu_conv1x1_fwd
 from .conv3x3 import bn_relu_conv3x3_wgrad, conv3x3_dgrad
-from .dense_block import kept, packed_weights
+from .dense_block import block_norms, kept, packed_weights
 from .gradients import norm_sums, true_gradient
 from .launch import on_device
 from .statistics import Partials, Vectors
@@ -48,31 +48,35 @@ def dense_block_backward(
     if layers.bottleneck_channels > 256:  # more than the fused 1x1 holds at once
         return portable.dense_block_backward(grad_out, output, layers, dtype, x_dtype, needs)
     n, channels, h, w = output.out.shape
-    k, count, device = layers.growth_rate, n * h * w, grad_out.device
+    k, width, count, device = layers.growth_rate, layers.bottleneck_channels, n * h * w, grad_out.device
     shared = rows(output.out)
     g = empty_channels_last((n, channels, h, w), shared.dtype, device).copy_(grad_out)
     raw = rows(g)
     stats = ChannelStats(output.mean, output.var)
-    correction = torch.zeros((2, channels), dtype=torch.float32, device=device)  # P and Q
-    norms1 = affines([layers.norm1(i, stats) for i in range(layers.num_layers)], torch.float32)
-    hidden_stats = map(ChannelStats, output.bottleneck_mean, output.bottleneck_var)
-    norms2 = affines(
-        [layers.norm2(i, own) for i, own in enumerate(hidden_stats)] if layers.has_bottleneck else [], torch.float32
+    correction = tuple(torch.zeros((2, channels), dtype=torch.float32, device=device))  # P and Q
+    corrections2 = tuple(
+        zip(*torch.zeros((2, layers.num_layers, width), dtype=torch.float32, device=device), strict=True)
     )
+    bottleneck_stats = list(map(ChannelStats, output.bottleneck_mean, output.bottleneck_var))
+    norms1, norms2 = block_norms(layers, stats, bottleneck_stats)
     weights1, weights3 = packed_weights(layers, dtype)
     sums = Partials(device)
     group = join(layers.group, count, device)
     grads = _empty(layers, needs, grad_out)
 
+    def room(channels: int) -> Tensor:
+        """For what a layer makes for itself, and the next writes over."""
+        return torch.empty((count, channels), dtype=dtype, device=device)
+
+    dy, da, hidden = room(k), room(width), room(0 if output.bottleneck else width)
     for layer in reversed(range(needs.first_layer(), layers.num_layers)):
         channels -= k
-        source, norm1 = shared[:, :channels], norms1[layer]
-        new = slice(channels, channels + k)
-        dy = torch.empty((count, k), dtype=dtype, device=device)
+        source, norm1 = shared.narrow(1, 0, channels), norms1[layer]
+        mean, p, q = (vector.narrow(0, channels, k) for vector in (stats.mean, *correction))
         if group is not None and any(layers.norm1_batch_stats):
-            group.add_up(correction[0, new], correction[1, new])
+            group.add_up(p, q)
         true_gradient(
-            raw[:, new], shared[:, new], stats.mean[new], (correction[0, new], correction[1, new]), dy,
+            raw.narrow(1, channels, k), shared.narrow(1, channels, k), mean, (p, q), dy,
             keep=kept(layers.growth_mask, layer), keep_scale=layers.keep_scale,
         )  # fmt: skip
         if layers.has_bottleneck:
@@ -80,40 +84,38 @@ def dense_block_backward(
             if output.bottleneck:
                 hidden = output.bottleneck[layer]
             else:
-                hidden = torch.empty((count, layers.bottleneck_channels), dtype=dtype, device=device)
                 vectors = Vectors(norm1.scale, norm1.shift)
                 bn_relu_conv1x1_fwd(source, vectors, weights1[layer], hidden, keep=keep, keep_scale=layers.keep_scale)
-            da = torch.empty_like(hidden)
             conv3x3_dgrad(dy, weights3[layer], hidden, norm2, da, (h, w), sums, add=False)
-            own = torch.zeros((2, hidden.shape[1]), dtype=torch.float32, device=device)
+            own = corrections2[layer]
             norm_sums(
                 sums, count, norm2.scale, norm2.rstd, grads.norm2_weight[layer], grads.norm2_bias[layer],
-                (own[0], own[1]), batch=layers.norm2_batch_stats[layer], add=False,
+                own, batch=layers.norm2_batch_stats[layer], add=False,
             )  # fmt: skip
             if group is not None and layers.norm2_batch_stats[layer]:
-                group.add_up(own[0], own[1])
+                group.add_up(*own)
             if needs.conv2[layer]:
                 grads.conv2_weight[layer] = _growth_gradient(dy, hidden, norm2, (h, w), layers.conv2_weight[layer])
             dw = bn_relu_conv1x1_bwd(
-                source, norm1, weights1[layer], hidden, da, norm2, (own[0], own[1]), raw[:, :channels], sums,
+                source, norm1, weights1[layer], hidden, da, norm2, own, raw.narrow(1, 0, channels), sums,
                 need_weight=needs.conv1[layer], keep=keep, keep_scale=layers.keep_scale,
             )  # fmt: skip
             if dw is not None:
                 weight = layers.conv1_weight[layer]
                 grads.conv1_weight[layer] = laid_out_as(dw.view(weight.shape), weight)
         else:
-            conv3x3_dgrad(dy, weights3[layer], source, norm1, raw[:, :channels], (h, w), sums, add=True)
+            conv3x3_dgrad(dy, weights3[layer], source, norm1, raw.narrow(1, 0, channels), (h, w), sums, add=True)
             if needs.conv1[layer]:
                 grads.conv1_weight[layer] = _growth_gradient(dy, source, norm1, (h, w), layers.conv1_weight[layer])
         norm_sums(
             sums, count, norm1.scale, norm1.rstd, grads.norm1_weight[layer], grads.norm1_bias[layer],
-            (correction[0], correction[1]), batch=layers.norm1_batch_stats[layer], add=True,
+            correction, batch=layers.norm1_batch_stats[layer], add=True,
         )  # fmt: skip
 
     if needs.x:
         c0 = layers.input_channels
         dx = empty_channels_last((n, c0, h, w), x_dtype, device)
-        p, q = correction[:, :c0]
+        p, q = (vector.narrow(0, 0, c0) for vector in correction)
         if group is not None and any(layers.norm1_batch_stats):
             group.add_up(p, q)
         true_gradient(raw[:, :c0], shared[:, :c0], stats.mean[:c0], (p, q), rows(dx))

@@ -24,6 +24,7 @@ from ..contract import Norm, NormGrads, empty_channels_last
 from ..group import join
 from ..portable.batch_norm import Affine
 from . import tuning
+from .launch import ceil_div
 from .statistics import Partials
 from .tile_math import affine_relu, drop, mask_by_relu, split_pixels, store_tile_sums
 
@@ -64,10 +65,10 @@ def true_gradient(
     """Fill the dense out [M, C] from g, raw, and x [M, C] of dense channels; vectors are [C], float32."""
     m, c = g.shape
     config = tuning.elementwise(c, x.device)
-    _true_gradient_kernel[(triton.cdiv(m, config.BLOCK_M), triton.cdiv(c, config.BLOCK_C))](
+    _true_gradient_kernel[(ceil_div(m, config.BLOCK_M), ceil_div(c, config.BLOCK_C))](
         g, x, mean, *correction, x if keep is None else keep, out,
         m, c, g.stride(0), x.stride(0), keep_scale,
-        DROP=keep is not None, **config.arguments(),
+        DROP=keep is not None, **config.arguments,
     )  # fmt: skip
 
 
@@ -120,11 +121,11 @@ def norm_sums(
         partials: s1 and, before its factor rstd, s2 of each tile.
         batch: the norm uses its batch's statistics; p and q are left alone otherwise.
     """
-    c = len(scale)
+    (c,) = scale.shape
     config = tuning.merge(partials.tiles)
-    _norm_sums_kernel[(triton.cdiv(c, config.BLOCK_C),)](
-        *partials.current(), scale, rstd, dbias, dweight, *correction, count, partials.tiles, c,
-        BATCH=batch, ADD=add, **config.arguments(),
+    _norm_sums_kernel[(ceil_div(c, config.BLOCK_C),)](
+        *partials.memory, scale, rstd, dbias, dweight, *correction, count, partials.tiles, c,
+        BATCH=batch, ADD=add, **config.arguments,
     )  # fmt: skip
 
 
@@ -155,9 +156,9 @@ def two_pass_backward(
     parts = sums.begin(m, c, config.BLOCK_M)
 
     def launch(with_sums: bool) -> None:
-        kernel[(sums.tiles, triton.cdiv(c, config.BLOCK_C))](
+        kernel[(sums.tiles, ceil_div(c, config.BLOCK_C))](
             x, vectors.scale, vectors.shift, vectors.mean, *operands, p, q, dx, *parts,
-            m, h, w, c, *sizes, *x.stride(), SUMS=with_sums, **config.arguments(),
+            m, h, w, c, *sizes, *x.stride(), SUMS=with_sums, **config.arguments,
         )  # fmt: skip
 
     launch(True)

@@ -16,7 +16,7 @@ from ..contract import Norm, NormGrads
 from ..portable.batch_norm import affine
 from . import tuning
 from .gradients import average_backward
-from .launch import on_device
+from .launch import ceil_div, on_device
 from .statistics import norm_vectors
 from .tile_math import affine_relu
 
@@ -51,8 +51,8 @@ def head(x: Tensor, norm: Norm) -> Tensor:
     out = x.new_empty((n, c))
     vectors = norm_vectors(norm)
     config = tuning.elementwise(c, x.device)
-    _bn_relu_mean_fwd_kernel[(n, triton.cdiv(c, config.BLOCK_C))](
-        x, *vectors, out, h * w, w, c, *x.stride(), **config.arguments()
+    _bn_relu_mean_fwd_kernel[(n, ceil_div(c, config.BLOCK_C))](
+        x, *vectors, out, h * w, w, c, *x.stride(), **config.arguments
     )
     return out
 

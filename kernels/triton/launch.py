@@ -26,6 +26,17 @@ def on_device(function: F) -> F:
     return run  # type: ignore[return-value]
 
 
+def ceil_div(value: int, by: int) -> int:
+    """``triton.cdiv`` for the host: that is made for kernels too, and takes many times as long."""
+    return -(-value // by)
+
+
+def next_power_of_2(value: int) -> int:
+    """The least that is not below ``value``, for the host."""
+    return 1 << (value - 1).bit_length()
+
+
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many programs run side by side at least; an H100's where there is no GPU to ask."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -23,41 +23,41 @@ from torch import Tensor
 from ..contract import ChannelStats, Norm
 from ..group import Group
 from . import tuning
-from .launch import on_device
+from .launch import ceil_div, on_device
 from .tile_math import store_tile_stats
 
 
 class Vectors(NamedTuple):
-    """A norm with its statistics, ``scale * x + shift``; both [C], float32."""
+    """A norm with its statistics, ``scale * x + shift``; float32, the first [C] of each."""
 
     scale: Tensor
     shift: Tensor
 
+    @staticmethod
+    def empty(channels: int, device: torch.device) -> Vectors:
+        """Room for those of up to so many channels."""
+        return Vectors(*torch.empty((2, channels), dtype=torch.float32, device=device))
+
 
 class Partials:
-    """Room for partial statistics: the mean and m2 [tiles, C] that one kernel writes and one merge reads."""
+    """Room for partial statistics: the mean and m2 [tiles, C] that one kernel writes and one merge reads.
+
+    Attributes:
+        memory: of mean and m2, with what was begun last at its beginning.
+    """
 
     def __init__(self, device: torch.device):
-        self.device = device
-        self.rows = self.channels = self.block = 0
-        self._memory = torch.empty(0, device=device)
+        self.rows = self.channels = self.block = self.tiles = self._size = 0
+        self.memory = (torch.empty(0, device=device), torch.empty(0, device=device))
 
     def begin(self, rows: int, channels: int, block: int) -> tuple[Tensor, Tensor]:
-        """Mean and m2 for tiles of ``block`` of the ``rows``; what was there is given up."""
-        self.rows, self.channels, self.block = rows, channels, block
+        """The memory, for tiles of ``block`` of the ``rows``; what was there is given up."""
+        self.rows, self.channels, self.block, self.tiles = rows, channels, block, ceil_div(rows, block)
         size = self.tiles * channels
-        if self._memory.numel() < 2 * size:
-            self._memory = torch.empty(2 * size, dtype=torch.float32, device=self.device)
-        return self._memory[:size], self._memory[size : 2 * size]
-
-    @property
-    def tiles(self) -> int:
-        return triton.cdiv(self.rows, self.block)
-
-    def current(self) -> tuple[Tensor, Tensor]:
-        """What was begun last."""
-        size = self.tiles * self.channels
-        return self._memory[:size], self._memory[size : 2 * size]
+        if size > self._size:
+            self._size, (mean, m2) = size, self.memory
+            self.memory = (mean.new_empty(size), m2.new_empty(size))
+        return self.memory
 
 
 @triton.jit
@@ -87,10 +87,10 @@ def copy_stats_fwd(x: Tensor, y: Tensor | None, stats: Partials | None) -> None:
     m = n * h * w
     config = tuning.elementwise(c, x.device)
     parts = stats.begin(m, c, config.BLOCK_M) if stats is not None else None
-    _copy_stats_fwd_kernel[(triton.cdiv(m, config.BLOCK_M), triton.cdiv(c, config.BLOCK_C))](
+    _copy_stats_fwd_kernel[(ceil_div(m, config.BLOCK_M), ceil_div(c, config.BLOCK_C))](
         x, x if y is None else y, *(parts or (x, x)),
         m, h * w, w, c, *x.stride(), 0 if y is None else y.stride(0),
-        COPY=y is not None, STATS=parts is not None, **config.arguments(),
+        COPY=y is not None, STATS=parts is not None, **config.arguments,
     )  # fmt: skip
 
 
@@ -149,13 +149,20 @@ def merge(stats: ChannelStats, partials: Partials, first: int = 0, group: Group 
 
 def norm_vectors(norm: Norm) -> Vectors:
     """The vectors of a norm whose statistics are known."""
-    return merge_for(norm, ChannelStats(norm.mean, norm.var), None)
+    vectors = Vectors.empty(norm.weight.shape[0], norm.weight.device)
+    _finalise(ChannelStats(norm.mean, norm.var), None, 0, (norm, vectors))
+    return vectors
 
 
 def merge_for(
-    norm: Norm, stats: ChannelStats, partials: Partials | None, first: int = 0, group: Group | None = None
-) -> Vectors:
-    """:func:`merge`, where there are ``partials``, and the vectors of the norm that reads next.
+    norm: Norm,
+    vectors: Vectors,
+    stats: ChannelStats,
+    partials: Partials | None,
+    first: int = 0,
+    group: Group | None = None,
+) -> None:
+    """:func:`merge`, where there are ``partials``, and fill the vectors of the norm that reads next.
 
     Args:
         norm: as :class:`fastdense.kernels.contract.DenseLayers` gives it: its statistics lie in ``stats``, or
@@ -164,27 +171,25 @@ def merge_for(
     if partials is not None and group is not None:
         merge(stats, partials, first, group)
         partials = None
-    vectors = Vectors(*torch.empty((2, len(norm.weight)), dtype=torch.float32, device=norm.weight.device))
     _finalise(stats, partials, first, (norm, vectors))
-    return vectors
 
 
 def _finalise(stats: ChannelStats, partials: Partials | None, first: int, norm: tuple[Norm, Vectors] | None) -> None:
     merged = (1, 0, 1, 0) if partials is None else (partials.rows, partials.tiles, partials.block, partials.channels)
-    parts = stats if partials is None else partials.current()
+    parts = stats if partials is None else partials.memory
     if norm is None:
         norm_mean, norm_var, weight, bias = *stats, *stats
         vectors, channels, eps, running = Vectors(*stats), 0, 0.0, False
     else:
         (weight, bias, norm_mean, norm_var, eps, use_batch, _), vectors = norm
-        channels, running = len(weight), not use_batch
+        channels, running = weight.shape[0], not use_batch
     rows, tiles, block, new = merged
     config = tuning.merge(tiles)
     reach = max(channels, first + new if new else 0)
-    _finalise_kernel[(triton.cdiv(reach, config.BLOCK_C),)](
+    _finalise_kernel[(ceil_div(reach, config.BLOCK_C),)](
         *parts, *stats, norm_mean, norm_var, weight, bias, *vectors,
         rows, tiles, block, first, new, channels, eps,
-        MERGE=partials is not None, NORM=norm is not None, RUNNING=running, **config.arguments(),
+        MERGE=partials is not None, NORM=norm is not None, RUNNING=running, **config.arguments,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from ..contract import Norm, NormGrads, empty_channels_last
 from ..portable.batch_norm import affine, rows
 from . import tuning
 from .gradients import input_gradient, two_pass_backward
-from .launch import on_device
+from .launch import ceil_div, on_device
 from .statistics import norm_vectors
 from .tile_math import affine_relu, mask_by_relu, split_pixels, store_tile_sums
 
@@ -62,8 +62,8 @@ def bn_relu_maxpool_fwd(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, *,
     n, c, h, w = x.shape
     m = n * out.shape[2] * out.shape[3]
     config = tuning.elementwise(c, x.device)
-    _bn_relu_maxpool_fwd_kernel[(triton.cdiv(m, config.BLOCK_M), triton.cdiv(c, config.BLOCK_C))](
-        x, scale, shift, out, m, h, w, *out.shape[2:], c, *x.stride(), ARGMAX=argmax, **config.arguments()
+    _bn_relu_maxpool_fwd_kernel[(ceil_div(m, config.BLOCK_M), ceil_div(c, config.BLOCK_C))](
+        x, scale, shift, out, m, h, w, *out.shape[2:], c, *x.stride(), ARGMAX=argmax, **config.arguments
     )
 
 

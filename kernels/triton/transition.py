@@ -23,7 +23,7 @@ from ..portable.batch_norm import affine, laid_out_as, rows
 from . import tuning
 from .conv1x1 import precision
 from .gradients import average_backward
-from .launch import on_device
+from .launch import ceil_div, on_device
 from .statistics import norm_vectors
 from .tile_math import affine_relu
 
@@ -76,10 +76,10 @@ def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Ten
     m = images * (h // 2) * (w // 2)
     vectors = norm_vectors(norm)
     config = tuning.transition_fwd(m, n, k, dtype, x.device)
-    _bn_relu_pool_conv1x1_fwd_kernel[(triton.cdiv(m, config.BLOCK_M), triton.cdiv(n, config.BLOCK_N))](
+    _bn_relu_pool_conv1x1_fwd_kernel[(ceil_div(m, config.BLOCK_M), ceil_div(n, config.BLOCK_N))](
         x, *vectors, weight.flatten(1).to(dtype).contiguous(), out,
         m, h // 2, w // 2, k, n, *x.stride(),
-        PRECISION=precision(dtype), **config.arguments(),
+        PRECISION=precision(dtype), **config.arguments,
     )  # fmt: skip
     return out
 
@@ -116,8 +116,8 @@ def transition_backward(
     if need_weight:
         pooled = torch.empty((len(dout), c), dtype=dtype, device=x.device)
         config = tuning.elementwise(c, x.device)
-        _bn_relu_pool_fwd_kernel[(triton.cdiv(len(dout), config.BLOCK_M), triton.cdiv(c, config.BLOCK_C))](
-            x, vectors.scale, vectors.shift, pooled, len(dout), c, *windows, *x.stride(), **config.arguments()
+        _bn_relu_pool_fwd_kernel[(ceil_div(len(dout), config.BLOCK_M), ceil_div(c, config.BLOCK_C))](
+            x, vectors.scale, vectors.shift, pooled, len(dout), c, *windows, *x.stride(), **config.arguments
         )
         dweight = laid_out_as((dout.t() @ pooled).view(weight.shape), weight)
     dpooled = dout @ weight.flatten(1).to(dtype)
