@@ -72,8 +72,10 @@ def checks() -> list[Check]:
         for mode in ("training step", "inference"):
             found.append(Check(f"kernels/{mode}/{batch}", partial(_kernels, mode, batch)))
     cases = dict.fromkeys([*_FIRST, *itertools.product(_MODES, _BATCHES)])
-    for contender in ("fast", "fast, CUDA graph", "eager", "torch.compile"):
+    for contender in ("fast", "fast, CUDA graph", "fast, frozen", "eager", "torch.compile"):
         for mode, batch in cases:
+            if contender == "fast, frozen" and mode != "inference":
+                continue
             found.append(Check(f"networks/{mode}/{batch}/{contender}", partial(_network, contender, mode, batch)))
     for contender in ("fast", "eager", "torch.compile"):
         found.append(Check(f"parts/{contender}", partial(_parts, contender)))
@@ -133,6 +135,8 @@ def _timed(launch: Launch) -> dict[str, Any]:
 def _network(contender: str, mode: str, batch: int) -> dict[str, Any]:
     library = reference if contender in ("eager", "torch.compile") else fastdense
     net, x = _model(library, mode != "inference"), _input(batch)
+    if contender == "fast, frozen":
+        net = fastdense.freeze(net)
     started = time.perf_counter()
     run = _runner(_compiled(net, "max-autotune") if contender == "torch.compile" else net, x, mode)
     run()

@@ -7,6 +7,7 @@ not one of them: it makes the modules run their naive, concatenating definition.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import platform
@@ -130,13 +131,20 @@ CHAIN = "chain"
 """What makes one of several: of them, and of those whose weights may change."""
 
 
-def preparation(name: str, op: str) -> Callable[..., Prepared] | None:
-    """What makes an op ready, or :data:`CHAIN`, in a backend that has such a thing.
+def preparation(name: str, op: str, changeable: bool = True) -> Callable[..., Prepared] | None:
+    """What makes an op ready, or :data:`CHAIN`, in a backend that has such a thing; an op's from what comes after x.
 
-    An op's takes its arguments after x, the dtypes, and whether the tensors are ``changeable``: only then it may be
-    asked whether it is current.
+    Args:
+        changeable: the tensors may change. Otherwise what it makes will not be asked whether it is current, so that
+            backends have it too that could not say.
     """
-    return None if name == REFERENCE else getattr(kernels(name), "PREPARED", {}).get(op)
+    if name == REFERENCE:
+        return None
+    module = kernels(name)
+    prepare = getattr(module, "PREPARED", {}).get(op)
+    if changeable:
+        return prepare
+    return getattr(module, "FROZEN", {}).get(op) if prepare is None else functools.partial(prepare, changeable=False)
 
 
 def select(device: torch.device, dtype: torch.dtype, spatial_dims: int = 2) -> str:

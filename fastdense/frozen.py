@@ -81,9 +81,9 @@ class Frozen(nn.Module):
             return None, self._options(x, cast_to, backend)
         if key not in self._found:
             options = self._options(x, cast_to, backend)
-            prepare = backends.preparation(backend, self.op)
+            prepare = backends.preparation(backend, self.op, changeable=False)
             dtypes = dict(x_dtype=x.dtype) | ({"dtype": options["dtype"]} if self._convolves else {})
-            self._found[key] = prepare and prepare(*self._arguments(), **dtypes, changeable=False), options
+            self._found[key] = prepare and prepare(*self._arguments(), **dtypes), options
         return self._found[key]
 
     def extra_repr(self) -> str:

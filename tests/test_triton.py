@@ -477,6 +477,23 @@ def test_bytes_touched_are_the_compulsory_ones(train, one_launch, twins, randn, 
             assert sum(_bytes_in(program, x_ptr) for program in programs) == _bytes_in(touched, x_ptr)
 
 
+@pytest.mark.parametrize("one_launch", [False, True], ids=["by layer", "in one launch"])
+@torch.inference_mode()
+def test_frozen_networks_have_everything_made(one_launch, device, twins, randn, monkeypatch):
+    dense_block = importlib.import_module("fastdense.kernels.triton.dense_block")
+    monkeypatch.setattr(dense_block, "fits", lambda *_: one_launch)
+    net, _ = twins("net", 8, (2, 2), 16, num_classes=5)
+    net.to(device).eval()
+    frozen, x = fastdense.freeze(net), randn(2, 3, 40, 40, device=device)
+    assert torch.equal(frozen(x), net(x))
+    with _launches() as launches:
+        frozen(x)
+    blocks = 2 * (2 if one_launch else 1 + 2 * 2)
+    assert len(launches) == 1 + blocks + 1 + 2  # the stem's tail, blocks, the transition, the head that is not frozen
+    made = [launch.name for launch in launches]
+    assert made.count("_finalise_kernel") == 1
+
+
 @only_interpreted
 def test_a_launch_is_quickly_asked_for(twins, randn):
     """While a GPU makes a step, its host asks for hundreds of launches: counted in calls of functions for each."""

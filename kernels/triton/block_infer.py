@@ -10,6 +10,8 @@ with a barrier of the program's threads between the two: what a layer reads, the
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -90,26 +92,39 @@ def fits(images: int, pixels: int, width: int, growth: int, device: torch.device
     return images >= multiprocessors(device)
 
 
-def block_infer(
-    shared: Tensor,
-    norms1: list[Vectors],
-    weights1: list[Tensor],
-    norms2: list[Vectors],
-    weights3: list[Tensor],
-    c0: int,
-    size: tuple[int, int],
-) -> None:
-    """Fill the channels c0 and on of X [M, C_L] from those before; weights as in the layers' own kernels."""
-    width, growth, dtype = len(weights1[0]), len(weights3[0]), weights1[0].dtype
-    scale1, shift1 = (torch.cat(vectors) for vectors in zip(*norms1, strict=True))
-    scale2, shift2 = (torch.cat(vectors) for vectors in zip(*norms2, strict=True))
-    w1, w3 = (torch.cat([weight.view(-1) for weight in weights]) for weights in (weights1, weights3))
+class Together(NamedTuple):
+    """The layers' vectors and weights, each after the one before it."""
+
+    scale1: Tensor
+    shift1: Tensor
+    weight1: Tensor
+    scale2: Tensor
+    shift2: Tensor
+    weight3: Tensor
+    layers: int
+    width: int  # of a bottleneck
+    growth: int
+
+    @staticmethod
+    def of(norms1: list[Vectors], weights1: list[Tensor], norms2: list[Vectors], weights3: list[Tensor]) -> Together:
+        """Weights as in the layers' own kernels."""
+        (scale1, shift1), (scale2, shift2) = (
+            [torch.cat(vectors) for vectors in zip(*norms, strict=True)] for norms in (norms1, norms2)
+        )
+        weight1, weight3 = (torch.cat([weight.view(-1) for weight in weights]) for weights in (weights1, weights3))
+        sizes = len(weights1), len(weights1[0]), len(weights3[0])
+        return Together(scale1, shift1, weight1, scale2, shift2, weight3, *sizes)
+
+
+def block_infer(shared: Tensor, layers: Together, c0: int, size: tuple[int, int]) -> None:
+    """Fill the channels c0 and on of X [M, C_L] from those before."""
+    width, growth, dtype = layers.width, layers.growth, layers.weight1.dtype
     pixels = size[0] * size[1]
     u = torch.empty((len(shared), width), dtype=dtype, device=shared.device)
     config = tuning.block_infer(pixels, width, growth, dtype, shared.device)
     _block_infer_kernel[(len(shared) // pixels,)](
-        shared, scale1, shift1, w1, scale2, shift2, w3, u,
-        *size, c0, width, growth, len(weights1), shared.stride(0),
+        shared, layers.scale1, layers.shift1, layers.weight1, layers.scale2, layers.shift2, layers.weight3, u,
+        *size, c0, width, growth, layers.layers, shared.stride(0),
         BLOCK_M=config.BLOCK_M, BLOCK_B=config.BLOCK_N, BLOCK_N=next_power_of_2(max(16, growth)),
         BLOCK_K=config.BLOCK_K, PRECISION=precision(dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,

@@ -14,6 +14,8 @@ are independent then: where there are enough of them, one launch does the whole 
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -25,10 +27,11 @@ from ..contract import (
 )
 from ..group import join
 from ..portable.batch_norm import Affine, affines, rows, zero_stats
-from .block_infer import block_infer, fits
+from .block_infer import Together, block_infer, fits
 from .conv1x1 import bn_relu_conv1x1_fwd
 from .conv3x3 import bn_relu_conv3x3_fwd
 from .launch import on_device
+from .prepared import Prepared
 from .statistics import Partials, Vectors, copy_stats_fwd, merge, merge_for
 
 
@@ -82,36 +85,47 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
     return DenseBlockOutput(out, bottleneck, *stats, *bottleneck_stats)
 
 
-@on_device
-def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) -> Tensor:
-    """Forward with running statistics, norm2 folded into the 1x1: X alone, [N, C_L, H, W]."""
-    n, c0, h, w = x.shape
-    k = layers.growth_rate
-    store = torch.promote_types(x.dtype, dtype)
-    out = empty_channels_last((n, layers.output_channels, h, w), store, x.device)
-    shared = rows(out)
-    unread = ChannelStats(x.new_empty(0), x.new_empty(0))
-    norms1, norms2 = (
-        [Vectors(vectors.scale, vectors.shift) for vectors in norms]
-        for norms in block_norms(layers, unread, [unread] * layers.num_layers)
-    )
-    weights1, weights3 = packed_weights(layers, dtype)
-    copy_stats_fwd(x, shared.narrow(1, 0, c0), None)
-    if layers.has_bottleneck and fits(n, h * w, layers.bottleneck_channels, k, x.device):
-        block_infer(shared, norms1, weights1, norms2, weights3, c0, (h, w))
+class PreparedBlock(Prepared):
+    """A block at given statistics, norm2 folded into the 1x1: vectors made and weights packed."""
+
+    def __init__(self, layers: DenseLayers, x_dtype: torch.dtype, dtype: torch.dtype):
+        self._store, self._compute = torch.promote_types(x_dtype, dtype), dtype
+        self._growth, self._width = layers.growth_rate, layers.bottleneck_channels
+        unread = ChannelStats(*(layers.norm1_weight[0].new_empty(0) for _ in range(2)))
+        norms1, norms2 = block_norms(layers, unread, [unread] * layers.num_layers)
+        self._norms1 = [Vectors(norm.scale, norm.shift) for norm in norms1]
+        self._norms2 = [Vectors(norm.scale, norm.shift) for norm in norms2]
+        self._weights1, self._weights3 = packed_weights(layers, dtype)
+
+    def run(self, x: Tensor) -> Tensor:
+        n, c0, h, w = x.shape
+        k, width = self._growth, self._width
+        out = empty_channels_last((n, c0 + len(self._norms1) * k, h, w), self._store, x.device)
+        shared = rows(out)
+        copy_stats_fwd(x, shared.narrow(1, 0, c0), None)
+        if width and fits(n, h * w, width, k, x.device):
+            block_infer(shared, self._in_one_launch, c0, (h, w))
+            return out
+        if width:
+            hidden = torch.empty((n * h * w, width), dtype=self._compute, device=x.device)  # u
+        for layer, norm in enumerate(self._norms1):
+            channels = c0 + layer * k
+            source, new = shared.narrow(1, 0, channels), shared.narrow(1, channels, k)
+            if width:
+                bn_relu_conv1x1_fwd(source, norm, self._weights1[layer], hidden, fold=self._norms2[layer])
+                bn_relu_conv3x3_fwd(hidden, None, self._weights3[layer], new, (h, w))
+            else:
+                bn_relu_conv3x3_fwd(source, norm, self._weights3[layer], new, (h, w))
         return out
-    if layers.has_bottleneck:
-        hidden = torch.empty((n * h * w, layers.bottleneck_channels), dtype=dtype, device=x.device)  # u
-    for layer in range(layers.num_layers):
-        channels = c0 + layer * k
-        source, norm = shared.narrow(1, 0, channels), norms1[layer]
-        new = shared.narrow(1, channels, k)
-        if layers.has_bottleneck:
-            bn_relu_conv1x1_fwd(source, norm, weights1[layer], hidden, fold=norms2[layer])
-            bn_relu_conv3x3_fwd(hidden, None, weights3[layer], new, (h, w))
-        else:
-            bn_relu_conv3x3_fwd(source, norm, weights3[layer], new, (h, w))
-    return out
+
+    @cached_property
+    def _in_one_launch(self) -> Together:
+        return Together.of(self._norms1, self._weights1, self._norms2, self._weights3)
+
+
+def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) -> Tensor:
+    """Forward with running statistics: X alone, [N, C_L, H, W]."""
+    return PreparedBlock(layers, x.dtype, dtype)(x)
 
 
 def block_norms(

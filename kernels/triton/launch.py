@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -18,12 +19,15 @@ def on_device(function: F) -> F:
     def run(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if tensor.dtype == torch.float64:
             raise TypeError("the Triton kernels compute in float32, bfloat16 and float16, got float64")
-        if tensor.device.type != "cuda":
-            return function(tensor, *args, **kwargs)
-        with torch.cuda.device(tensor.device):
+        with current(tensor.device):
             return function(tensor, *args, **kwargs)
 
     return run  # type: ignore[return-value]
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Have a GPU be the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def ceil_div(value: int, by: int) -> int:

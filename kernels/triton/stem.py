@@ -10,17 +10,19 @@ the up to four windows it is in. The norm's gradient takes two passes, its corre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import Norm, NormGrads, empty_channels_last
+from ..contract import Norm, NormGrads, empty_channels_last, in_channels_last
 from ..portable.batch_norm import affine, rows
 from . import tuning
 from .gradients import input_gradient, two_pass_backward
 from .launch import ceil_div, on_device
-from .statistics import norm_vectors
+from .prepared import PreparedNorm
 from .tile_math import affine_relu, mask_by_relu, split_pixels, store_tile_sums
 
 
@@ -67,13 +69,39 @@ def bn_relu_maxpool_fwd(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, *,
     )
 
 
-@on_device
+class PreparedStemTail(PreparedNorm):
+    """A stem's tail at given statistics: its vectors made."""
+
+    def run(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        out = empty_channels_last((n, c, (h + 1) // 2, (w + 1) // 2), x.dtype, x.device)
+        bn_relu_maxpool_fwd(x, *self.vectors, out, argmax=False)
+        return out
+
+
+class PreparedStem(PreparedStemTail):
+    """A stem at given statistics: the vendor library's convolution, and the tail."""
+
+    def __init__(
+        self,
+        norm: Norm,
+        weight: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        x_dtype: torch.dtype,
+        dtype: torch.dtype,
+    ):
+        super().__init__(norm, x_dtype)
+        self._weight, self._window = weight.to(dtype), (stride, padding)
+
+    def run(self, x: Tensor) -> Tensor:
+        x = torch.convolution(x.to(self._weight.dtype), self._weight, None, *self._window, [1, 1], False, [0, 0], 1)
+        return super().run(in_channels_last(x))
+
+
 def stem_tail(x: Tensor, norm: Norm) -> Tensor:
     """[N, C, H, W] -> [N, C, ceil(H/2), ceil(W/2)], of x's dtype."""
-    n, c, h, w = x.shape
-    out = empty_channels_last((n, c, (h + 1) // 2, (w + 1) // 2), x.dtype, x.device)
-    bn_relu_maxpool_fwd(x, *norm_vectors(norm), out, argmax=False)
-    return out
+    return PreparedStemTail(norm, x.dtype)(x)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from . import tuning
 from .conv1x1 import precision
 from .gradients import average_backward
 from .launch import ceil_div, on_device
-from .statistics import norm_vectors
+from .prepared import PreparedNorm
 from .tile_math import affine_relu
 
 
@@ -67,21 +67,30 @@ def _bn_relu_pool_conv1x1_fwd_kernel(
     tl.store(out_ptr + offs_m[:, None] * N + offs_n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@on_device
+class PreparedTransition(PreparedNorm):
+    """A transition at given statistics: vectors made and weights packed."""
+
+    def __init__(self, norm: Norm, weight: Tensor, x_dtype: torch.dtype, dtype: torch.dtype):
+        super().__init__(norm, x_dtype)
+        self._weight = weight.flatten(1).to(dtype).contiguous()
+
+    def run(self, x: Tensor) -> Tensor:
+        images, k, h, w = x.shape
+        n, dtype = self._weight.shape[0], self._weight.dtype
+        out = empty_channels_last((images, n, h // 2, w // 2), dtype, x.device)
+        m = images * (h // 2) * (w // 2)
+        config = tuning.transition_fwd(m, n, k, dtype, x.device)
+        _bn_relu_pool_conv1x1_fwd_kernel[(ceil_div(m, config.BLOCK_M), ceil_div(n, config.BLOCK_N))](
+            x, *self.vectors, self._weight, out,
+            m, h // 2, w // 2, k, n, *x.stride(),
+            PRECISION=precision(dtype), **config.arguments,
+        )  # fmt: skip
+        return out
+
+
 def transition(x: Tensor, norm: Norm, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """[N, C, H, W], [C', C, 1, 1] -> [N, C', H//2, W//2] of ``dtype``, channels-last."""
-    images, k, h, w = x.shape
-    n = len(weight)
-    out = empty_channels_last((images, n, h // 2, w // 2), dtype, x.device)
-    m = images * (h // 2) * (w // 2)
-    vectors = norm_vectors(norm)
-    config = tuning.transition_fwd(m, n, k, dtype, x.device)
-    _bn_relu_pool_conv1x1_fwd_kernel[(ceil_div(m, config.BLOCK_M), ceil_div(n, config.BLOCK_N))](
-        x, *vectors, weight.flatten(1).to(dtype).contiguous(), out,
-        m, h // 2, w // 2, k, n, *x.stride(),
-        PRECISION=precision(dtype), **config.arguments,
-    )  # fmt: skip
-    return out
+    return PreparedTransition(norm, weight, x.dtype, dtype)(x)
 
 
 @triton.jit
