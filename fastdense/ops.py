@@ -121,7 +121,10 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, *, dtype: torch.dtype,
     uses_batch = any(layers.norm1_batch_stats) or any(layers.norm2_batch_stats)
     checks.require(not uses_batch, "dense_block_inference: every norm must use running statistics")
     lists, options = _flattened(layers)
-    return torch.ops.fastdense.dense_block_inference(x, *lists, **options, dtype=dtype, backend=backend)
+    options.update(dtype=dtype, backend=backend)
+    if torch.is_grad_enabled() or _is_seen(x, *itertools.chain(*lists)):
+        return torch.ops.fastdense.dense_block_inference(x, *lists, **options)
+    return _IMPLEMENTATIONS["dense_block_inference"](x, *lists, **options)
 
 
 def transition(x: Tensor, norm: Norm, conv_weight: Tensor, *, dtype: torch.dtype, backend: str) -> Tensor:
