@@ -152,10 +152,12 @@ _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
 
 
 def _blocks(launch: Launch) -> str:
-    """The constexprs that tell variants apart: block sizes and flags that are on."""
+    """The constexprs that tell variants apart: block sizes, flags that are on, and numbers."""
     constants = {p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr}
-    sizes = "x".join(str(value) for name, value in constants.items() if name.startswith("BLOCK"))
-    return " ".join([sizes, *(name.lower() for name, value in constants.items() if value is True)])
+    sizes = {name: value for name, value in constants.items() if name.startswith("BLOCK")}
+    rest = {name.lower(): value for name, value in constants.items() if name not in sizes and value}
+    flags = [name if value is True else f"{name} {value}" for name, value in rest.items() if isinstance(value, int)]
+    return " ".join(["x".join(map(str, sizes.values())), *flags])
 
 
 def _sass(cubin: bytes) -> tuple[int, int, str]:

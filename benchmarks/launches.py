@@ -87,7 +87,8 @@ class Launch:
         if self.name == "_true_gradient_kernel":
             return a["M"] * a["C"] * (size["g_ptr"] + size["x_ptr"] + size["out_ptr"]) + 16 * a["C"]
         if self.name == "_norm_sums_kernel":
-            return (8 * a["TILES"] + 16 + (16 if a["ADD"] else 8) + 2 * size["dbias_ptr"]) * a["C"]
+            norm = (8 * a["TILES"] + 16 + (16 if a["ADD"] else 8) + 2 * size["dbias_ptr"]) * a["C"]
+            return norm + a["N"] * a["K"] * a["SIDE"] ** 2 * (4 * a["PARTS"] + size["dw_ptr"])
         if self.name == "_copy_stats_fwd_kernel":
             return a["M"] * a["C"] * (size["x_ptr"] + (size["y_ptr"] if a["COPY"] else 0)) + parts * a["C"]
         if self.name in ("_spread_kernel", "_bn_relu_maxpool_bwd_kernel"):

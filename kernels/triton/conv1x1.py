@@ -178,7 +178,7 @@ def bn_relu_conv1x1_bwd(
     keep: Tensor | None = None,
     keep_scale: float = 1.0,
 ) -> Tensor | None:
-    """Add to the prefix g [M, K] of the gradient buffer; the weight's gradient [N, K], float32, if needed.
+    """Add to the prefix g [M, K] of the gradient buffer; parts of the weight's, [parts, N, K], float32, if needed.
 
     Args:
         x: [M, K], the prefix of the shared buffer.
@@ -200,4 +200,4 @@ def bn_relu_conv1x1_bwd(
         m, k, n, tiles, x.stride(0), g.stride(0), keep_scale,
         DROP=keep is not None, WGRAD=need_weight, PRECISION=precision(weight.dtype), **config.arguments,
     )  # fmt: skip
-    return dw.sum(0) if need_weight else None
+    return dw if need_weight else None

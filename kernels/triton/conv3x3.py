@@ -214,7 +214,7 @@ def _activated(x_ptrs, inside, mask_k, scale, shift, dtype):
 
 
 def bn_relu_conv3x3_wgrad(dy: Tensor, x: Tensor, norm: Affine, size: tuple[int, int]) -> Tensor:
-    """dW [N, 9, K], float32, from dy [M, N], dense, and x [M, K] of dense channels."""
+    """Parts of dW, [parts, N, 9, K], float32, from dy [M, N], dense, and x [M, K] of dense channels."""
     (m, n), k = dy.shape, x.shape[1]
     config = tuning.conv3x3_wgrad(m, n, k, dy.dtype, x.device)
     blocks_k, blocks_n = 3 * ceil_div(k, config.BLOCK_K), ceil_div(n, config.BLOCK_N)
@@ -224,4 +224,4 @@ def bn_relu_conv3x3_wgrad(dy: Tensor, x: Tensor, norm: Affine, size: tuple[int, 
         dy, x, norm.scale, norm.shift, dw, m, *size, k, n, tiles, x.stride(0),
         PRECISION=precision(dy.dtype), **config.arguments,
     )  # fmt: skip
-    return dw.sum(0)
+    return dw

@@ -26,7 +26,7 @@ from ..contract import (
     empty_channels_last,
 )
 from ..group import join
-from ..portable.batch_norm import Affine, laid_out_as, rows
+from ..portable.batch_norm import rows
 from .conv1x1 import bn_relu_conv1x1_bwd, bn_relu_conv1x1_fwd
 from .conv3x3 import bn_relu_conv3x3_wgrad, conv3x3_dgrad
 from .dense_block import block_norms, kept, packed_weights
@@ -87,29 +87,26 @@ def dense_block_backward(
                 vectors = Vectors(norm1.scale, norm1.shift)
                 bn_relu_conv1x1_fwd(source, vectors, weights1[layer], hidden, keep=keep, keep_scale=layers.keep_scale)
             conv3x3_dgrad(dy, weights3[layer], hidden, norm2, da, (h, w), sums, add=False)
+            dw = bn_relu_conv3x3_wgrad(dy, hidden, norm2, (h, w)) if needs.conv2[layer] else None
             own = corrections2[layer]
             norm_sums(
                 sums, count, norm2.scale, norm2.rstd, grads.norm2_weight[layer], grads.norm2_bias[layer],
                 own, batch=layers.norm2_batch_stats[layer], add=False,
+                conv=None if dw is None else (dw, grads.conv2_weight[layer]),
             )  # fmt: skip
             if group is not None and layers.norm2_batch_stats[layer]:
                 group.add_up(*own)
-            if needs.conv2[layer]:
-                grads.conv2_weight[layer] = _growth_gradient(dy, hidden, norm2, (h, w), layers.conv2_weight[layer])
             dw = bn_relu_conv1x1_bwd(
                 source, norm1, weights1[layer], hidden, da, norm2, own, raw.narrow(1, 0, channels), sums,
                 need_weight=needs.conv1[layer], keep=keep, keep_scale=layers.keep_scale,
             )  # fmt: skip
-            if dw is not None:
-                weight = layers.conv1_weight[layer]
-                grads.conv1_weight[layer] = laid_out_as(dw.view(weight.shape), weight)
         else:
             conv3x3_dgrad(dy, weights3[layer], source, norm1, raw.narrow(1, 0, channels), (h, w), sums, add=True)
-            if needs.conv1[layer]:
-                grads.conv1_weight[layer] = _growth_gradient(dy, source, norm1, (h, w), layers.conv1_weight[layer])
+            dw = bn_relu_conv3x3_wgrad(dy, source, norm1, (h, w)) if needs.conv1[layer] else None
         norm_sums(
             sums, count, norm1.scale, norm1.rstd, grads.norm1_weight[layer], grads.norm1_bias[layer],
             correction, batch=layers.norm1_batch_stats[layer], add=True,
+            conv=None if dw is None else (dw, grads.conv1_weight[layer]),
         )  # fmt: skip
 
     if needs.x:
@@ -123,27 +120,20 @@ def dense_block_backward(
     return grads
 
 
-def _growth_gradient(dy: Tensor, x: Tensor, norm: Affine, size: tuple[int, int], weight: Tensor) -> Tensor:
-    """Of a 3x3 weight [k, C, 3, 3], in its dtype and strides."""
-    k, c = weight.shape[:2]
-    return laid_out_as(bn_relu_conv3x3_wgrad(dy, x, norm, size).view(k, 3, 3, c).permute(0, 3, 1, 2), weight)
-
-
 def _empty(layers: DenseLayers, needs: DenseBlockNeeds, like: Tensor) -> DenseBlockGrads:
-    """Room for the gradients of the norms that will be reached, and an empty tensor in every other place."""
+    """Room for the gradients of norms that will be reached and of weights that are wanted; the others are empty."""
     first = needs.first_layer()
+    reached = [layer >= first for layer in range(layers.num_layers)]
 
-    def room(parameters: list[Tensor], reached: bool) -> list[Tensor]:
-        return [
-            torch.empty_like(p) if reached and layer >= first else p.new_empty(0) for layer, p in enumerate(parameters)
-        ]
+    def room(parameters: list[Tensor], filled: list[bool]) -> list[Tensor]:
+        return [torch.empty_like(p) if fills else p.new_empty(0) for p, fills in zip(parameters, filled, strict=False)]
 
     return DenseBlockGrads(
         like.new_empty(0),
-        room(layers.norm1_weight, True),
-        room(layers.norm1_bias, True),
-        room(layers.conv1_weight, False),
-        room(layers.norm2_weight, True),
-        room(layers.norm2_bias, True),
-        room(layers.conv2_weight, False),
+        room(layers.norm1_weight, reached),
+        room(layers.norm1_bias, reached),
+        room(layers.conv1_weight, needs.conv1),
+        room(layers.norm2_weight, reached),
+        room(layers.norm2_bias, reached),
+        room(layers.conv2_weight, needs.conv2),
     )

@@ -6,7 +6,8 @@ With ``da`` the gradient after the norm's ReLU, over M pixels::
     dx = scale * da + p + q * (x - mean)        p = -scale * s1 / M        q = -scale * rstd * s2 / M
 
 The correction ``p + q * (x - mean)`` is of the channel: norms that share its statistics add up their p and q, and
-one pass applies them all. p = q = 0 where a norm uses running statistics.
+one pass applies them all. p = q = 0 where a norm uses running statistics. The launch that merges a norm's sums adds up
+the gradient of the convolution that reads it too, whose parts are of some pixels each.
 
 Source: Ioffe and Szegedy 2015 (arXiv 1502.03167).
 """
@@ -74,33 +75,54 @@ def true_gradient(
 
 @triton.jit
 def _norm_sums_kernel(
-    part_s1_ptr, part_s2_ptr, scale_ptr, rstd_ptr, dbias_ptr, dweight_ptr, p_ptr, q_ptr,
-    M, TILES, C,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BATCH: tl.constexpr, ADD: tl.constexpr,
+    part_s1_ptr, part_s2_ptr, scale_ptr, rstd_ptr, dbias_ptr, dweight_ptr, p_ptr, q_ptr, part_dw_ptr, dw_ptr,
+    M, TILES, C, PARTS, N, K, stride_wn, stride_wk, stride_wh, stride_ww,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BATCH: tl.constexpr, ADD: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    """dbias = s1, dweight = s2 and the correction, from tiles' sums of da and of da * (x - mean), in their order."""
-    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    s1 = tl.zeros((BLOCK_C,), tl.float32)
-    s2 = tl.zeros((BLOCK_C,), tl.float32)
-    for start in range(0, TILES, BLOCK_T):
+    """dbias = s1, dweight = s2 and the correction, from tiles' sums of da and of da * (x - mean), in their order.
+
+    Programs after those of the norm add up the parts of the gradient of the convolution that reads it, with SIDE taps
+    in a row.
+    """
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(C, BLOCK_C)
+    if pid < blocks:
+        offs_c = pid * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask_c = offs_c < C
+        s1 = _sum_over(part_s1_ptr, TILES, C, offs_c, mask_c, BLOCK_T, BLOCK_C)
+        s2 = _sum_over(part_s2_ptr, TILES, C, offs_c, mask_c, BLOCK_T, BLOCK_C)
+        rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0.0)
+        s2 *= rstd
+        tl.store(dbias_ptr + offs_c, s1.to(dbias_ptr.dtype.element_ty), mask=mask_c)
+        tl.store(dweight_ptr + offs_c, s2.to(dweight_ptr.dtype.element_ty), mask=mask_c)
+        if BATCH:
+            share = tl.load(scale_ptr + offs_c, mask=mask_c, other=0.0) / -M
+            p, q = share * s1, share * rstd * s2
+            if ADD:
+                p += tl.load(p_ptr + offs_c, mask=mask_c, other=0.0)
+                q += tl.load(q_ptr + offs_c, mask=mask_c, other=0.0)
+            tl.store(p_ptr + offs_c, p, mask=mask_c)
+            tl.store(q_ptr + offs_c, q, mask=mask_c)
+    elif SIDE > 0:
+        size = N * SIDE * SIDE * K
+        offs = (pid - blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = offs < size
+        dw = _sum_over(part_dw_ptr, PARTS, size, offs, mask, BLOCK_K, BLOCK_M)
+        k, tap, n = offs % K, offs // K % (SIDE * SIDE), offs // (K * SIDE * SIDE)
+        dw_ptrs = dw_ptr + n * stride_wn + k * stride_wk + tap // SIDE * stride_wh + tap % SIDE * stride_ww
+        tl.store(dw_ptrs, dw.to(dw_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_over(part_ptr, PARTS, SIZE, offs, mask, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr):
+    """Elements ``offs`` [BLOCK] of the sum over [PARTS, SIZE], BLOCK_T parts at a time."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, PARTS, BLOCK_T):
         offs_t = start + tl.arange(0, BLOCK_T)
-        mask = (offs_t < TILES)[:, None] & mask_c[None, :]
-        offs = offs_t[:, None].to(tl.int64) * C + offs_c[None, :]
-        s1 += tl.sum(tl.load(part_s1_ptr + offs, mask=mask, other=0.0), 0)
-        s2 += tl.sum(tl.load(part_s2_ptr + offs, mask=mask, other=0.0), 0)
-    rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=0.0)
-    s2 *= rstd
-    tl.store(dbias_ptr + offs_c, s1.to(dbias_ptr.dtype.element_ty), mask=mask_c)
-    tl.store(dweight_ptr + offs_c, s2.to(dweight_ptr.dtype.element_ty), mask=mask_c)
-    if BATCH:
-        share = tl.load(scale_ptr + offs_c, mask=mask_c, other=0.0) / -M
-        p, q = share * s1, share * rstd * s2
-        if ADD:
-            p += tl.load(p_ptr + offs_c, mask=mask_c, other=0.0)
-            q += tl.load(q_ptr + offs_c, mask=mask_c, other=0.0)
-        tl.store(p_ptr + offs_c, p, mask=mask_c)
-        tl.store(q_ptr + offs_c, q, mask=mask_c)
+        there = offs_t[:, None].to(tl.int64) * SIZE + offs[None, :]
+        total += tl.sum(tl.load(part_ptr + there, mask=(offs_t < PARTS)[:, None] & mask[None, :], other=0.0), 0)
+    return total
 
 
 def norm_sums(
@@ -114,18 +136,25 @@ def norm_sums(
     *,
     batch: bool,
     add: bool,
+    conv: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Fill a norm's gradients [C], and set or add to the correction p and q [C] of its input of ``count`` pixels.
 
     Args:
         partials: s1 and, before its factor rstd, s2 of each tile.
         batch: the norm uses its batch's statistics; p and q are left alone otherwise.
+        conv: of the convolution that reads the norm, float32 parts of its gradient, [parts, N, taps, K], and what their
+            sum fills, [N, K, side, side] of any dtype and strides.
     """
     (c,) = scale.shape
-    config = tuning.merge(partials.tiles)
-    _norm_sums_kernel[(ceil_div(c, config.BLOCK_C),)](
-        *partials.memory, scale, rstd, dbias, dweight, *correction, count, partials.tiles, c,
-        BATCH=batch, ADD=add, **config.arguments,
+    config = tuning.sums(partials.tiles)
+    parts, dw = conv or (scale, scale)
+    n, k, side, _ = dw.shape if conv else (0, 0, 0, 0)
+    blocks = ceil_div(c, config.BLOCK_C) + ceil_div(n * k * side * side, config.BLOCK_M)
+    _norm_sums_kernel[(blocks,)](
+        *partials.memory, scale, rstd, dbias, dweight, *correction, parts, dw,
+        count, partials.tiles, c, parts.shape[0], n, k, *(dw.stride() if conv else (0, 0, 0, 0)),
+        BATCH=batch, ADD=add, SIDE=side, **config.arguments,
     )  # fmt: skip
 
 

@@ -153,6 +153,12 @@ def merge(tiles: int) -> Config:
     return Config(BLOCK_T=_block(tiles, 128), BLOCK_C=16, num_warps=4, num_stages=1)
 
 
+@_remembered
+def sums(tiles: int) -> Config:
+    """The same of a norm's sums; of a weight's 16 parts at a time, 256 elements each: 32 loads a thread."""
+    return replace(merge(tiles), BLOCK_M=256, BLOCK_K=16)
+
+
 def _depth(dtype: torch.dtype) -> int:
     """BLOCK_K: rows of 128 bytes; half where the registers of AMD's GPUs would spill."""
     return 32 if dtype.itemsize == 4 or _family == "hip" else 64
