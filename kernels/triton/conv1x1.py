@@ -104,15 +104,15 @@ def precision(dtype: torch.dtype) -> str:
 @triton.jit
 def _bn_relu_conv1x1_bwd_kernel(
     x_ptr, scale1_ptr, shift1_ptr, mean1_ptr, w_ptr, h_ptr, da2_ptr, scale2_ptr, mean2_ptr, p2_ptr, q2_ptr, keep_ptr,
-    g_ptr, part_dw_ptr, part_s1_ptr, part_s2_ptr,
-    M, K, N, TILES, stride_xm, stride_gm, keep_scale,
+    arriving_ptr, g_ptr, part_dw_ptr, part_s1_ptr, part_s2_ptr,
+    M, K, N, TILES, stride_xm, stride_am, stride_gm, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     DROP: tl.constexpr, WGRAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dgrad and wgrad in one pass over x::
 
         dh = scale2 * da2 + p2 + q2 * (h - mean2)
-        z = relu(scale1 * x + shift1)        da = (dh @ W) * 1[z > 0]        G += scale1 * da
+        z = relu(scale1 * x + shift1)        da = (dh @ W) * 1[z > 0]        G = arriving + scale1 * da
         dW += dh^T @ z        s1 += sum(da)        s2 += sum(da * (x - mean1))
 
     A program has BLOCK_K channels, and TILES tiles of pixels.
@@ -150,9 +150,9 @@ def _bn_relu_conv1x1_bwd_kernel(
         da = mask_by_relu(tl.dot(dh, w, input_precision=PRECISION), z)
         s1 += tl.sum(da, 0)
         s2 += tl.sum(da * (x - mean1[None, :]), 0)
-        g_ptrs = g_ptr + offs_m[:, None] * stride_gm + offs_k[None, :]
-        g = tl.load(g_ptrs, mask=mask, other=0.0).to(tl.float32) + scale1[None, :] * da
-        tl.store(g_ptrs, g.to(g_ptr.dtype.element_ty), mask=mask)
+        arriving = tl.load(arriving_ptr + offs_m[:, None] * stride_am + offs_k[None, :], mask=mask, other=0.0)
+        g = arriving.to(tl.float32) + scale1[None, :] * da
+        tl.store(g_ptr + offs_m[:, None] * stride_gm + offs_k[None, :], g.to(g_ptr.dtype.element_ty), mask=mask)
         if WGRAD:
             dw = tl.dot(tl.trans(dh), z.to(dh.dtype), dw, input_precision=PRECISION)
     part = pid_s.to(tl.int64) * K + offs_k
@@ -171,6 +171,7 @@ def bn_relu_conv1x1_bwd(
     da2: Tensor,
     norm2: Affine,
     correction2: tuple[Tensor, Tensor],
+    arriving: Tensor,
     g: Tensor,
     sums: Partials,
     *,
@@ -178,13 +179,14 @@ def bn_relu_conv1x1_bwd(
     keep: Tensor | None = None,
     keep_scale: float = 1.0,
 ) -> Tensor | None:
-    """Add to the prefix g [M, K] of the gradient buffer; parts of the weight's, [parts, N, K], float32, if needed.
+    """Fill the prefix g [M, K] of the gradient buffer; parts of the weight's, [parts, N, K], float32, if needed.
 
     Args:
         x: [M, K], the prefix of the shared buffer.
         weight: [N, K], dense, of the dtype to multiply in; N at most 256.
         h, da2: [M, N], dense: the bottleneck, and the gradient after norm2's ReLU.
         correction2: norm2's p and q.
+        arriving: [M, K], what of g there is so far: g itself, or elsewhere.
         sums: receives norm1's s1 and s2 by tile.
         keep: [M, N], where dropout kept a value of h; those were multiplied by ``keep_scale``.
     """
@@ -196,8 +198,8 @@ def bn_relu_conv1x1_bwd(
     dw = torch.empty((splits, n, k), dtype=torch.float32, device=x.device) if need_weight else x
     _bn_relu_conv1x1_bwd_kernel[(blocks, splits)](
         x, norm1.scale, norm1.shift, norm1.mean, weight, h, da2, norm2.scale, norm2.mean, *correction2,
-        h if keep is None else keep, g, dw, *parts,
-        m, k, n, tiles, x.stride(0), g.stride(0), keep_scale,
+        h if keep is None else keep, arriving, g, dw, *parts,
+        m, k, n, tiles, x.stride(0), arriving.stride(0), g.stride(0), keep_scale,
         DROP=keep is not None, WGRAD=need_weight, PRECISION=precision(weight.dtype), **config.arguments,
     )  # fmt: skip
     return dw if need_weight else None

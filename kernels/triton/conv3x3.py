@@ -101,16 +101,16 @@ def bn_relu_conv3x3_fwd(
 
 @triton.jit
 def _conv3x3_dgrad_kernel(
-    dy_ptr, w_ptr, x_ptr, scale_ptr, shift_ptr, mean_ptr, out_ptr, part_s1_ptr, part_s2_ptr,
-    M, H, W, K, N, stride_xm, stride_om,
+    dy_ptr, w_ptr, x_ptr, scale_ptr, shift_ptr, mean_ptr, arriving_ptr, out_ptr, part_s1_ptr, part_s2_ptr,
+    M, H, W, K, N, stride_xm, stride_am, stride_om,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From dy [M, N] the norm's da [M, K] and its tiles' sums::
 
-        da[p] = sum over taps t of dy[p - offset_t] @ W_t * 1[scale * x + shift > 0]        G += scale * da
+        da[p] = sum over taps t of dy[p - offset_t] @ W_t * 1[scale * x + shift > 0]
 
-    With ADD it is G that is stored, the raw gradient of x, otherwise da.
+    With ADD it is G = arriving + scale * da that is stored, the raw gradient of x, otherwise da.
     """
     pid_m, pid_k = tl.program_id(0), tl.program_id(1)
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -139,28 +139,37 @@ def _conv3x3_dgrad_kernel(
     mean = tl.load(mean_ptr + offs_k, mask=mask_k, other=0.0)
     da = mask_by_relu(acc, affine_relu(x, scale, shift))  # 0 in rows beyond M: their dy is
     store_tile_sums(da, x, mean, pid_m, part_s1_ptr, part_s2_ptr, offs_k, mask_k, K)
-    out_ptrs = out_ptr + offs_m[:, None] * stride_om + offs_k[None, :]
     if ADD:
-        da = tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32) + scale[None, :] * da
-    tl.store(out_ptrs, da.to(out_ptr.dtype.element_ty), mask=mask)
+        arriving = tl.load(arriving_ptr + offs_m[:, None] * stride_am + offs_k[None, :], mask=mask, other=0.0)
+        da = arriving.to(tl.float32) + scale[None, :] * da
+    tl.store(out_ptr + offs_m[:, None] * stride_om + offs_k[None, :], da.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def conv3x3_dgrad(
-    dy: Tensor, weight: Tensor, x: Tensor, norm: Affine, out: Tensor, size: tuple[int, int], sums: Partials, add: bool
+    dy: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    norm: Affine,
+    out: Tensor,
+    size: tuple[int, int],
+    sums: Partials,
+    arriving: Tensor | None = None,
 ) -> None:
-    """Fill out [M, K] with the norm's da, or add the raw gradient of x to it.
+    """Fill out [M, K] with the norm's da or, where something is ``arriving`` [M, K], with the raw gradient of x.
 
     Args:
         dy: [M, N], dense; weight: [N, 3, 3, K], dense, of dy's dtype; x: [M, K] of dense channels.
         sums: receives the norm's s1 and s2 by tile.
+        arriving: of that gradient, what there is so far: out itself, or elsewhere.
     """
     (m, n), k = dy.shape, x.shape[1]
+    so_far = out if arriving is None else arriving
     config = tuning.conv3x3_dgrad(m, n, k, weight.dtype, x.device)
     parts = sums.begin(m, k, config.BLOCK_M)
     _conv3x3_dgrad_kernel[(ceil_div(m, config.BLOCK_M), ceil_div(k, config.BLOCK_K))](
-        dy, weight, x, norm.scale, norm.shift, norm.mean, out, *parts,
-        m, *size, k, n, x.stride(0), out.stride(0),
-        ADD=add, PRECISION=precision(weight.dtype), **config.arguments,
+        dy, weight, x, norm.scale, norm.shift, norm.mean, so_far, out, *parts,
+        m, *size, k, n, x.stride(0), so_far.stride(0), out.stride(0),
+        ADD=arriving is not None, PRECISION=precision(weight.dtype), **config.arguments,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Backward of a whole dense block: layers last to first, one pass over the prefix a layer, corrections deferred.
 
-G is the gradient buffer, of X's layout and dtype, raw: each norm1 adds ``scale1 * da`` to it and its correction to
-the vectors P and Q. Layer l begins when all its readers are done::
+G is the gradient buffer, of X's layout and dtype, raw: each norm1 adds ``scale1 * da`` to it, the first one from what
+arrives, and its correction to the vectors P and Q. Layer l begins when all its readers are done::
 
     dy = G + P + Q * (x - mean)                     of its k channels, [M, k]
     da2, s1, s2 = conv3x3 dgrad, ReLU of norm2      dW2 = conv3x3 wgrad
@@ -50,8 +50,10 @@ def dense_block_backward(
     n, channels, h, w = output.out.shape
     k, width, count, device = layers.growth_rate, layers.bottleneck_channels, n * h * w, grad_out.device
     shared = rows(output.out)
-    g = empty_channels_last((n, channels, h, w), shared.dtype, device).copy_(grad_out)
+    g = empty_channels_last((n, channels, h, w), shared.dtype, device)
     raw = rows(g)
+    is_like_g = grad_out.dtype == g.dtype and grad_out.movedim(1, -1).is_contiguous()
+    arriving = rows(grad_out if is_like_g else g.copy_(grad_out))  # what of G there is so far
     stats = ChannelStats(output.mean, output.var)
     correction = tuple(torch.zeros((2, channels), dtype=torch.float32, device=device))  # P and Q
     corrections2 = tuple(
@@ -71,12 +73,13 @@ def dense_block_backward(
     dy, da, hidden = room(k), room(width), room(0 if output.bottleneck else width)
     for layer in reversed(range(needs.first_layer(), layers.num_layers)):
         channels -= k
-        source, norm1 = shared.narrow(1, 0, channels), norms1[layer]
+        source, norm1, target = shared.narrow(1, 0, channels), norms1[layer], raw.narrow(1, 0, channels)
+        so_far = arriving.narrow(1, 0, channels)
         mean, p, q = (vector.narrow(0, channels, k) for vector in (stats.mean, *correction))
         if group is not None and any(layers.norm1_batch_stats):
             group.add_up(p, q)
         true_gradient(
-            raw.narrow(1, channels, k), shared.narrow(1, channels, k), mean, (p, q), dy,
+            arriving.narrow(1, channels, k), shared.narrow(1, channels, k), mean, (p, q), dy,
             keep=kept(layers.growth_mask, layer), keep_scale=layers.keep_scale,
         )  # fmt: skip
         if layers.has_bottleneck:
@@ -86,7 +89,7 @@ def dense_block_backward(
             else:
                 vectors = Vectors(norm1.scale, norm1.shift)
                 bn_relu_conv1x1_fwd(source, vectors, weights1[layer], hidden, keep=keep, keep_scale=layers.keep_scale)
-            conv3x3_dgrad(dy, weights3[layer], hidden, norm2, da, (h, w), sums, add=False)
+            conv3x3_dgrad(dy, weights3[layer], hidden, norm2, da, (h, w), sums)
             dw = bn_relu_conv3x3_wgrad(dy, hidden, norm2, (h, w)) if needs.conv2[layer] else None
             own = corrections2[layer]
             norm_sums(
@@ -97,17 +100,18 @@ def dense_block_backward(
             if group is not None and layers.norm2_batch_stats[layer]:
                 group.add_up(*own)
             dw = bn_relu_conv1x1_bwd(
-                source, norm1, weights1[layer], hidden, da, norm2, own, raw.narrow(1, 0, channels), sums,
+                source, norm1, weights1[layer], hidden, da, norm2, own, so_far, target, sums,
                 need_weight=needs.conv1[layer], keep=keep, keep_scale=layers.keep_scale,
             )  # fmt: skip
         else:
-            conv3x3_dgrad(dy, weights3[layer], source, norm1, raw.narrow(1, 0, channels), (h, w), sums, add=True)
+            conv3x3_dgrad(dy, weights3[layer], source, norm1, target, (h, w), sums, arriving=so_far)
             dw = bn_relu_conv3x3_wgrad(dy, source, norm1, (h, w)) if needs.conv1[layer] else None
         norm_sums(
             sums, count, norm1.scale, norm1.rstd, grads.norm1_weight[layer], grads.norm1_bias[layer],
             correction, batch=layers.norm1_batch_stats[layer], add=True,
             conv=None if dw is None else (dw, grads.conv1_weight[layer]),
         )  # fmt: skip
+        arriving = raw
 
     if needs.x:
         c0 = layers.input_channels
