@@ -153,7 +153,7 @@ def norm_sums(
     blocks = ceil_div(c, config.BLOCK_C) + ceil_div(n * k * side * side, config.BLOCK_M)
     _norm_sums_kernel[(blocks,)](
         *partials.memory, scale, rstd, dbias, dweight, *correction, parts, dw,
-        count, partials.tiles, c, parts.shape[0], n, k, *(dw.stride() if conv else (0, 0, 0, 0)),
+        count, partials.tiles, c, parts.shape[0] if conv else 0, n, k, *(dw.stride() if conv else (0, 0, 0, 0)),
         BATCH=batch, ADD=add, SIDE=side, **config.arguments,
     )  # fmt: skip
 
