@@ -546,6 +546,19 @@ def test_statistics_of_hard_data(device, randn):
     assert (mean - expected.mean).abs().max() <= 2 * (stock.mean - expected.mean).abs().max() + 1e-3
 
 
+def test_the_default_dtype_does_not_matter(device, randn):
+    from fastdense.kernels import triton as kernels
+
+    x = randn(2, 5, 9, 8, device=device)
+    expected = kernels.channel_stats(x)
+    torch.set_default_dtype(torch.float16)
+    try:
+        made = kernels.channel_stats(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.stack(made), torch.stack(expected))
+
+
 def test_tuned_files_and_their_override(tmp_path, monkeypatch):
     from fastdense.kernels.triton import tuning
 

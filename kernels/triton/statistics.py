@@ -47,16 +47,17 @@ class Partials:
     """
 
     def __init__(self, device: torch.device):
-        self.rows = self.channels = self.block = self.tiles = self._size = 0
-        self.memory = (torch.empty(0, device=device), torch.empty(0, device=device))
+        self.rows = self.channels = self.block = self.tiles = 0
+        nothing = torch.empty(0, dtype=torch.float32, device=device)
+        self.memory = nothing, nothing
 
     def begin(self, rows: int, channels: int, block: int) -> tuple[Tensor, Tensor]:
         """The memory, for tiles of ``block`` of the ``rows``; what was there is given up."""
         self.rows, self.channels, self.block, self.tiles = rows, channels, block, ceil_div(rows, block)
         size = self.tiles * channels
-        if size > self._size:
-            self._size, (mean, m2) = size, self.memory
-            self.memory = (mean.new_empty(size), m2.new_empty(size))
+        mean, m2 = self.memory
+        if size > mean.numel():
+            self.memory = mean.new_empty(size), m2.new_empty(size)
         return self.memory
 
 
