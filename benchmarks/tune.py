@@ -22,6 +22,7 @@ from rich.progress import track
 
 import fastdense
 from fastdense.kernels.triton import tuning
+from fastdense.kernels.triton.launch import ceil_div, next_power_of_2
 
 from . import results
 from .launches import Launch, recorded
@@ -50,7 +51,7 @@ def candidates(launch: Launch) -> Iterator[dict[str, int]]:
             for warps in (4, 8):
                 for stages in (2, 3, 4):
                     accumulators = block_m * launch.arguments["BLOCK_N"] // (32 * warps)
-                    if accumulators <= 128 and block_k <= triton.next_power_of_2(launch.arguments["K"]):
+                    if accumulators <= 128 and block_k <= next_power_of_2(launch.arguments["K"]):
                         yield dict(BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps, num_stages=stages)
 
 
@@ -61,7 +62,7 @@ def best(launch: Launch) -> tuple[dict[str, int] | None, float, float]:
     for candidate in candidates(launch):
         grid = launch.grid
         if "BLOCK_M" in candidate:
-            grid = (-(-launch.arguments["M"] // candidate["BLOCK_M"]), *launch.grid[1:])
+            grid = (ceil_div(launch.arguments["M"], candidate["BLOCK_M"]), *launch.grid[1:])
             if launch.arguments.get("STATS") and grid[0] > launch.grid[0]:
                 continue  # more partial statistics than there is room for
         tried = dataclasses.replace(launch, grid=grid, arguments=launch.arguments | candidate)

@@ -121,10 +121,7 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, *, dtype: torch.dtype,
     uses_batch = any(layers.norm1_batch_stats) or any(layers.norm2_batch_stats)
     checks.require(not uses_batch, "dense_block_inference: every norm must use running statistics")
     lists, options = _flattened(layers)
-    options.update(dtype=dtype, backend=backend)
-    if torch.is_grad_enabled() or _is_seen(x, *itertools.chain(*lists)):
-        return torch.ops.fastdense.dense_block_inference(x, *lists, **options)
-    return _IMPLEMENTATIONS["dense_block_inference"](x, *lists, **options)
+    return _call("dense_block_inference", x, *lists, **options, dtype=dtype, backend=backend)
 
 
 def transition(x: Tensor, norm: Norm, conv_weight: Tensor, *, dtype: torch.dtype, backend: str) -> Tensor:
@@ -180,11 +177,12 @@ def head(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
     return _call("head", x, *norm[:4], **_options(norm), backend=backend)
 
 
-def _call(name: str, *tensors: Tensor, **options: Any) -> Any:
+def _call(name: str, x: Tensor, *others: Tensor | list[Tensor], **options: Any) -> Any:
     """The op; without autograd its implementation, where nobody could tell: the dispatcher takes longer than a head."""
-    if torch.is_grad_enabled() or _is_seen(*tensors):
-        return getattr(torch.ops.fastdense, name)(*tensors, **options)
-    return _IMPLEMENTATIONS[name](*tensors, **options)
+    tensors = itertools.chain.from_iterable([other] if isinstance(other, Tensor) else other for other in others)
+    if torch.is_grad_enabled() or _is_seen(x, *tensors):
+        return getattr(torch.ops.fastdense, name)(x, *others, **options)
+    return _IMPLEMENTATIONS[name](x, *others, **options)
 
 
 def are_observed() -> bool:

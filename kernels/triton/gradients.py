@@ -150,10 +150,11 @@ def norm_sums(
     config = tuning.sums(partials.tiles)
     parts, dw = conv or (scale, scale)
     n, k, side, _ = dw.shape if conv else (0, 0, 0, 0)
+    extents = (parts.shape[0], n, k, *dw.stride()) if conv else (0,) * 7
     blocks = ceil_div(c, config.BLOCK_C) + ceil_div(n * k * side * side, config.BLOCK_M)
     _norm_sums_kernel[(blocks,)](
         *partials.memory, scale, rstd, dbias, dweight, *correction, parts, dw,
-        count, partials.tiles, c, parts.shape[0] if conv else 0, n, k, *(dw.stride() if conv else (0, 0, 0, 0)),
+        count, partials.tiles, c, *extents,
         BATCH=batch, ADD=add, SIDE=side, **config.arguments,
     )  # fmt: skip
 

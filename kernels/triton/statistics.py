@@ -151,7 +151,7 @@ def merge(stats: ChannelStats, partials: Partials, first: int = 0, group: Group 
 def norm_vectors(norm: Norm) -> Vectors:
     """The vectors of a norm whose statistics are known."""
     vectors = Vectors.empty(norm.weight.shape[0], norm.weight.device)
-    _finalise(ChannelStats(norm.mean, norm.var), None, 0, (norm, vectors))
+    merge_for(norm, vectors, ChannelStats(norm.mean, norm.var), None)
     return vectors
 
 
