@@ -10,7 +10,10 @@ import sys
 
 from setuptools import Extension, setup
 
-COMPILE = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-Wno-maybe-uninitialized"]
+COMPILE = [
+    "-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+]  # fmt: skip
 SOURCES = ("library", "avx2", "avx512", "avx512_bf16", "amx")
 HEADERS = (
     "abi", "avx512_bf16_vectors", "avx512_vectors", "conv1x1", "conv3x3", "dense_block", "elements", "gemm",

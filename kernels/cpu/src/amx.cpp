@@ -19,6 +19,8 @@ struct Isa : Avx512BFloat16 {
   static constexpr int kStrip = 64;  // pixels; with fewer, B comes from L2 faster than it can
   static constexpr int kRun = 64;
   template <class Word>
+  static constexpr int kLastPanel = std::is_same_v<Word, BFloat16Word> ? 32 : 48;
+  template <class Word>
   static constexpr int kDepth = std::is_same_v<Word, BFloat16Word> ? 32 : 1;
 
   // Eight tiles of 16 rows of 64 bytes. oneDNN shares these threads, so they are set at each use. A constant: to GCC,

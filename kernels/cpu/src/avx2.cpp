@@ -15,6 +15,8 @@ struct Isa {
   static constexpr int kRows = 6;    // 6 x 2 accumulators, 2 of B and a broadcast: 15 of 16 registers
   static constexpr int kPanel = 16;
   template <class Word>
+  static constexpr int kLastPanel = 24;  // at most: 4 x 3 accumulators, 3 of B and a broadcast
+  template <class Word>
   static constexpr int kAlign = 8;   // inputs of weights packed once are padded to a multiple of it
   template <class Word>
   static constexpr int kDepth = Word::kElements;  // whatever else is summed over, the same
@@ -57,7 +59,9 @@ struct Isa {
   static Vector load(const Float16* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  static Vector load_part(const float* p, int64_t count) { return _mm256_maskload_ps(p, first(count)); }
+  static Vector load_part(const float* p, int64_t count) {  // see avx512_vectors.h
+    return count == 4 ? _mm256_zextps128_ps256(_mm_loadu_ps(p)) : _mm256_maskload_ps(p, first(count));
+  }
   template <class Half>
   static Vector load_part(const Half* p, int64_t count) {
     Half part[kLanes] = {};
@@ -67,7 +71,10 @@ struct Isa {
   static void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
   static void store(BFloat16* p, Vector v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(v)); }
   static void store(Float16* p, Vector v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_fp16(v)); }
-  static void store_part(float* p, Vector v, int64_t count) { _mm256_maskstore_ps(p, first(count), v); }
+  static void store_part(float* p, Vector v, int64_t count) {
+    if (count == 4) _mm_storeu_ps(p, _mm256_castps256_ps128(v));
+    else _mm256_maskstore_ps(p, first(count), v);
+  }
   template <class Half>
   static void store_part(Half* p, Vector v, int64_t count) {
     Half part[kLanes];

@@ -27,7 +27,9 @@ struct Avx512BFloat16 : Avx512 {
   using Pairs = __m512i;
   static Pairs load_pairs(const BFloat16* p) { return _mm512_loadu_si512(p); }
   static Pairs load_pairs_part(const BFloat16* p, int64_t count) {
-    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << count) - 1), p);
+    if (count <= 16) return _mm512_zextsi256_si512(load_narrow_part(p, count));
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), load_narrow_part(p + 16, count - 16), 1);
   }
   static Vector low(Pairs pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
   static Vector high(Pairs pairs) {

@@ -8,6 +8,8 @@ struct Avx512 {
   static constexpr int kRows = 14;    // 14 x 2 accumulators, 2 of B and a broadcast: 31 of 32 registers
   static constexpr int kPanel = 32;
   template <class Word>
+  static constexpr int kLastPanel = 48;  // at most: 9 x 3 accumulators, 3 of B and a broadcast
+  template <class Word>
   static constexpr int kAlign = 16;   // inputs of weights packed once are padded to a multiple of it
   template <class Word>
   static constexpr int kDepth = Word::kElements;  // whatever else is summed over, the same
@@ -51,23 +53,31 @@ struct Avx512 {
   static Vector load(const Float16* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  static Vector load_part(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first(count), p); }
-  static Vector load_part(const BFloat16* p, int64_t count) {
-    return widen_bf16(_mm256_maskz_loadu_epi16(first(count), p));
+  // A CPU waits for each cache line that a masked vector spans, if only with lanes that are left out, and nobody asked
+  // for that line ahead. So what fills quarters of it is read and written without a mask.
+  static Vector load_part(const float* p, int64_t count) {
+    switch (count) {
+      case 4: return _mm512_zextps128_ps512(_mm_loadu_ps(p));
+      case 8: return _mm512_zextps256_ps512(_mm256_loadu_ps(p));
+      case 12: return _mm512_insertf32x4(_mm512_zextps256_ps512(_mm256_loadu_ps(p)), _mm_loadu_ps(p + 8), 2);
+      default: return _mm512_maskz_loadu_ps(first(count), p);
+    }
   }
-  static Vector load_part(const Float16* p, int64_t count) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), p));
-  }
+  static Vector load_part(const BFloat16* p, int64_t count) { return widen_bf16(load_narrow_part(p, count)); }
+  static Vector load_part(const Float16* p, int64_t count) { return _mm512_cvtph_ps(load_narrow_part(p, count)); }
   static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
   static void store(BFloat16* p, Vector v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(v)); }
   static void store(Float16* p, Vector v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_fp16(v)); }
-  static void store_part(float* p, Vector v, int64_t count) { _mm512_mask_storeu_ps(p, first(count), v); }
-  static void store_part(BFloat16* p, Vector v, int64_t count) {
-    _mm256_mask_storeu_epi16(p, first(count), narrow_bf16(v));
+  static void store_part(float* p, Vector v, int64_t count) {
+    switch (count) {
+      case 4: return _mm_storeu_ps(p, _mm512_castps512_ps128(v));
+      case 12: _mm_storeu_ps(p + 8, _mm512_extractf32x4_ps(v, 2)); [[fallthrough]];
+      case 8: return _mm256_storeu_ps(p, _mm512_castps512_ps256(v));
+      default: return _mm512_mask_storeu_ps(p, first(count), v);
+    }
   }
-  static void store_part(Float16* p, Vector v, int64_t count) {
-    _mm256_mask_storeu_epi16(p, first(count), narrow_fp16(v));
-  }
+  static void store_part(BFloat16* p, Vector v, int64_t count) { store_narrow_part(p, narrow_bf16(v), count); }
+  static void store_part(Float16* p, Vector v, int64_t count) { store_narrow_part(p, narrow_fp16(v), count); }
 
   struct Wide {  // a vector in double precision
     __m512d low, high;
@@ -126,6 +136,25 @@ struct Avx512 {
       r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
       r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
       r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+  }
+
+  static __m256i load_narrow_part(const void* p, int64_t count) {
+    const auto* const half = static_cast<const __m128i_u*>(p);
+    switch (count) {
+      case 4: return _mm256_zextsi128_si256(_mm_loadu_si64(p));
+      case 8: return _mm256_zextsi128_si256(_mm_loadu_si128(half));
+      case 12: return _mm256_set_m128i(_mm_loadu_si64(half + 1), _mm_loadu_si128(half));
+      default: return _mm256_maskz_loadu_epi16(first(count), p);
+    }
+  }
+  static void store_narrow_part(void* p, __m256i v, int64_t count) {
+    auto* const half = static_cast<__m128i_u*>(p);
+    switch (count) {
+      case 4: return _mm_storeu_si64(p, _mm256_castsi256_si128(v));
+      case 12: _mm_storeu_si64(half + 1, _mm256_extracti128_si256(v, 1)); [[fallthrough]];
+      case 8: return _mm_storeu_si128(half, _mm256_castsi256_si128(v));
+      default: return _mm256_mask_storeu_epi16(p, first(count), v);
     }
   }
 

@@ -44,21 +44,28 @@ struct PixelPanels {
   Element* data;
   int64_t depth, columns;  // words, channels
 
-  Element* at(int64_t word, int64_t channel) const {
-    const int64_t panel = channel / I::kPanel * I::kPanel, width = std::min<int64_t>(I::kPanel, columns - panel);
-    return data + (panel * depth + word * width + channel - panel) * e;
-  }
+  // kLanes channels of all pixels.
+  struct Column {
+    Element* first;
+    int64_t step;
 
-  // kLanes channels of e pixels.
-  void store(int64_t word, int64_t channel, const Vector (&z)[e]) const {
-    if constexpr (e == 2) I::store_pairs(at(word, channel), z[0], z[1]);
-    else I::store(at(word, channel), z[0]);
+    Element* at(int64_t word) const { return first + word * step; }
+    void store(int64_t word, const Vector (&z)[e]) const {
+      if constexpr (e == 2) I::store_pairs(at(word), z[0], z[1]);
+      else I::store(at(word), z[0]);
+    }
+  };
+  Column column(int64_t channel) const {
+    const PanelCut<Word> cut{columns};
+    const int64_t panel = cut.of(channel), begin = cut.begin(panel);
+    return {data + (begin * depth + channel - begin) * e, cut.width(panel) * e};
   }
 
   void clear(int64_t first, int64_t last) const {  // words
-    for (int64_t panel = 0; panel < columns; panel += I::kPanel) {
-      const int64_t width = std::min<int64_t>(I::kPanel, columns - panel);
-      std::memset(static_cast<void*>(data + (panel * depth + first * width) * e), 0,
+    const PanelCut<Word> cut{columns};
+    for (int64_t panel = 0; panel < cut.count(); ++panel) {
+      const int64_t width = cut.width(panel);
+      std::memset(static_cast<void*>(data + (cut.begin(panel) * depth + first * width) * e), 0,
                   (last - first) * width * e * sizeof(Element));
     }
   }
@@ -68,7 +75,9 @@ struct PixelPanels {
   }
 };
 
-inline constexpr int64_t kGradientChunk = 4 * Isa::kPanel;  // of a strip's channels that undo_multiply hands out
+// How many of a strip's channels undo_multiply hands out at once, and of those that are left: whole panels.
+inline constexpr int64_t kGradientChunk = 4 * Isa::kPanel + Isa::kLanes;
+inline int64_t gradient_chunk(int64_t left) { return left <= kGradientChunk ? left : kGradientChunk - Isa::kLanes; }
 
 // Pixels of a strip in training, at most. A weight's gradient is loaded and stored once a strip, and W read.
 inline constexpr int64_t kTrainingStrip = 4 * Isa::kStrip;
@@ -95,8 +104,9 @@ void undo_multiply(typename Word::Element* dy, int64_t rows, int64_t out, int64_
         for (int64_t v = 0; v < out; v += I::kLanes)
           I::transpose(dy + row * stride + v, stride, rows - row, transposed + v * kStride + row, kStride);
   }
-  for (int64_t start = 0; start < columns; start += kGradientChunk) {
-    const PixelPanels<Word> panels{z, depth, std::min(kGradientChunk, columns - start)};
+  for (int64_t start = 0, width; start < columns; start += width) {
+    width = gradient_chunk(columns - start);
+    const PixelPanels<Word> panels{z, depth, width};
     Ahead needed = needs(start, panels.columns);
     gemm<Word>({reinterpret_cast<const Word*>(dy), stride / e, rows},
                {static_cast<const Word*>(packed) + start * k, k, panels.columns, 0, k}, dz, false, &needed);
@@ -119,8 +129,9 @@ inline int64_t weight_sum_size(int64_t out, int64_t columns) { return round_up(o
 inline void finish_conv1(const Sums<float>& sums, int64_t out, int64_t in, const Team& team, float* gradient) {
   const int64_t columns = round_up(in, Isa::kLanes);
   team.run(out, [&](int64_t begin, int64_t end) {
-    for (int64_t start = 0; start < in; start += kGradientChunk) {
-      const int64_t width = std::min(kGradientChunk, columns - start), first = start * round_up(out, Isa::kRowBlock);
+    for (int64_t start = 0, width; start < in; start += width) {
+      width = gradient_chunk(columns - start);
+      const int64_t first = start * round_up(out, Isa::kRowBlock);
       for (int64_t o = begin; o < end; ++o)
         for (int64_t v = 0; v < std::min(width, in - start); v += Isa::kLanes)
           store_up_to(gradient + o * in + start + v, sums.total(first + o * width + v), in - start - v);

@@ -208,7 +208,7 @@ inline void add_weight_gradient_in_places(const Window<FloatWord>& u_window, con
   for (int64_t dz = -u_window.reach_z; dz <= u_window.reach_z; ++dz) {
     transform_inputs(
         u_window, u, dz, 0, u_window.bands(),
-        [to = panels(0)](int64_t tile, int64_t channel) { return to.at(tile, channel); }, v_step);
+        [to = panels(0)](int64_t tile, int64_t channel) { return to.column(channel).at(tile); }, v_step);
     for (int64_t i = 0; i < 16; ++i, sum += weight_sum_size(out, c))
       add_gemm<FloatWord>({reinterpret_cast<const FloatWord*>(m + i * m_step), k, out}, panels(i).panels(0, tiles),
                           sum, ahead);
@@ -226,7 +226,7 @@ inline void add_weight_gradient_of_sequences(const Window<FloatWord>& u_window, 
     for (int64_t x = 0; x < width; ++x)
       for (int64_t v = 0; v < c; v += Isa::kLanes) {
         const Vector values[1] = {Isa::load(first + x * u_window.stride + v)};
-        panels.store(x, v, values);
+        panels.column(v).store(x, values);
       }
     const float* const gradient = dy + dy_window.pixel(sequence, 0, 0) * dy_window.stride;
     for (int64_t tap = 0; tap < 3; ++tap)
@@ -298,7 +298,7 @@ void add_weight_gradient(const Window<Word>& dy_window, const typename Word::Ele
           for (int64_t v = 0; v < columns; v += I::kLanes) {
             Vector z[e];
             for (int64_t i = 0; i < e; ++i) z[i] = x + i < grid.width ? u(slice, dz, y, x + i, v) : I::zero();
-            panels.store(first + x / e, v, z);
+            panels.column(v).store(first + x / e, z);
           }
       }
     panels.clear((grid.size() + 2 * pitch) / e, words);

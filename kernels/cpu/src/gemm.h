@@ -2,18 +2,32 @@
 //
 //   A   rows of words `lda` apart: pixels, wherever they lie, or with Taps the neighbours of each too. Or, for a
 //       weight's gradient, columns of words `lda` apart: then k runs over pixels
-//   B   packed: panels of kPanel output channels (the last may have kLanes), each [taps * k, channels] words; the next
-//       run's are `b_run` words further
+//   B   packed: panels of output channels, each [taps * k, channels] words; the next run's are `b_run` words further
 //   C   floats in rows `ldc` apart
 //
-// A tile of kRows x kPanel accumulators stays in registers over all of k, or one of more rows by one vector: each sum
-// waits for the one before it, so few sums at a time would leave the multipliers idle. Tiles of fewer rows make up the
-// rest, so nothing is computed twice and every sum runs over k in order: results do not depend on how the pixels were
-// cut. With each of its words a tile that kAsks asks for a line of memory that is read after it.
+// A tile of kRows rows by a panel's two vectors stays in registers over all of k, or one of fewer rows by three, or of
+// more by one: each sum waits for the one before it, so few sums at a time would leave the multipliers idle. Tiles of
+// fewer rows make up the rest, so nothing is computed twice and every sum runs over k in order: results do not depend
+// on how the pixels were cut. With each of its words a tile that kAsks asks for a line of memory that is read after it.
 //
 // Included by each instruction set's file, inside its namespace, after its Isa.
 
 enum Layout { kByRows, kByColumns };  // of A
+
+// Columns, whole vectors, cut into panels of kPanel, two vectors. One that is left over makes the last panel three wide:
+// by itself it would take a load for every multiply. Where no panel may be that wide, it is one by itself.
+template <class Word>
+struct PanelCut {
+  int64_t columns;
+
+  int64_t count() const {
+    constexpr int64_t kWider = Isa::template kLastPanel<Word> - Isa::kPanel;
+    return std::max<int64_t>(1, ceil_div(columns - kWider, Isa::kPanel));
+  }
+  int64_t begin(int64_t panel) const { return panel < count() ? panel * Isa::kPanel : columns; }
+  int64_t width(int64_t panel) const { return begin(panel + 1) - begin(panel); }
+  int64_t of(int64_t column) const { return std::min(column / Isa::kPanel, count() - 1); }
+};
 
 // The parts, of k words each, that a row of A is made of: in each of some runs, `count` of them `step` words apart. For
 // every run B has a matrix of its own.
@@ -93,7 +107,11 @@ struct GemmTiles {
     static constexpr auto narrow =
         gemm_tiles<kLayout, kAsks, Word, 1>(std::make_integer_sequence<int, 3 * Isa::kRows / 2>{});
     static constexpr auto wide = gemm_tiles<kLayout, kAsks, Word, 2>(std::make_integer_sequence<int, Isa::kRows>{});
-    return vectors == 1 ? GemmTiles{narrow.data(), narrow.size()} : GemmTiles{wide.data(), wide.size()};
+    static constexpr auto widest =
+        gemm_tiles<kLayout, kAsks, Word, 3>(std::make_integer_sequence<int, 2 * Isa::kRows / 3>{});
+    if (vectors == 1) return {narrow.data(), narrow.size()};
+    if (vectors == 2) return {wide.data(), wide.size()};
+    return {widest.data(), widest.size()};
   }
 
   // tile(row, of_rows) for as few tiles of as equal heights as can be.
@@ -133,8 +151,9 @@ struct Panels {
 
 template <class Word>
 void gemm(const Rows<Word>& a, const Panels<Word>& b, float* c, bool accumulate, Ahead* ahead = nullptr) {
-  for (int64_t column = 0; column < b.columns; column += Isa::kPanel) {
-    const int64_t width = std::min<int64_t>(Isa::kPanel, b.columns - column);
+  const PanelCut<Word> cut{b.columns};
+  for (int64_t i = 0; i < cut.count(); ++i) {
+    const int64_t column = cut.begin(i), width = cut.width(i);
     const Word* const panel = b.data + column * b.depth + b.start * width;
     const auto tiles = GemmTiles<Word>::template of<kByRows>(width / Isa::kLanes, ahead != nullptr);
     tiles.cover(a.count, [&](int64_t row, GemmTile<Word> tile) {
@@ -147,8 +166,9 @@ void gemm(const Rows<Word>& a, const Panels<Word>& b, float* c, bool accumulate,
 // C += A^T B.
 template <class Word>
 void add_gemm(const Columns<Word>& a, const Panels<Word>& b, float* c, Ahead* ahead = nullptr) {
-  for (int64_t column = 0; column < b.columns; column += Isa::kPanel) {
-    const int64_t width = std::min<int64_t>(Isa::kPanel, b.columns - column);
+  const PanelCut<Word> cut{b.columns};
+  for (int64_t i = 0; i < cut.count(); ++i) {
+    const int64_t column = cut.begin(i), width = cut.width(i);
     const Word* const panel = b.data + column * b.depth + b.start * width;
     const auto tiles = GemmTiles<Word>::template of<kByColumns>(width / Isa::kLanes, ahead != nullptr);
     tiles.cover(a.count, [&](int64_t row, GemmTile<Word> tile) {

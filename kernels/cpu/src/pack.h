@@ -5,8 +5,8 @@
 //   3x3s in floats    then F(2x2, 3x3) of Winograd, U = G w G^T of each slice: one matrix [slices * in, out] for each
 //                     of 16 places
 //
-// A matrix [depth, columns] is cut into panels of kPanel columns, each [depth / e][column][e] with e elements a
-// word. Inputs are padded to kAlign, in training to kDepth, columns to kLanes, with zeros.
+// A matrix [depth, columns] is cut into panels, each [depth / e][column][e] with e elements a word. Inputs are padded
+// to kAlign, in training to kDepth, columns to kLanes, with zeros.
 //
 // Source of the last: Lavin and Gray 2015 (arXiv 1509.09308), section 4.1.
 //
@@ -56,15 +56,18 @@ class Packer {
   using Element = typename Word::Element;
 
  public:
-  explicit Packer(const Weight& w) : w_(w), in_(round_up(w.in, kAligned)), columns_(round_up(w.out, Isa::kLanes)) {}
+  explicit Packer(const Weight& w)
+      : w_(w), in_(round_up(w.in, kAligned)), columns_(round_up(w.out, Isa::kLanes)), cut_{columns_} {}
+
+  int64_t panels() const { return cut_.count(); }
 
   int64_t bytes() const {
     return w_.depth * (w_.height * w_.width + (has_places() ? 16 : 0)) * in_ * columns_ * sizeof(Element);
   }
 
-  void pack(void* target) const { pack(target, 0, columns_); }
+  void pack(void* target) const { pack(target, 0, panels()); }
 
-  // Of the outputs [first, last), which begin and end between panels.
+  // The panels [first, last).
   void pack(void* target, int64_t first, int64_t last) const {
     auto* const packed = static_cast<Element*>(target);
     with_element_type(w_.dtype, [&](auto* type) {
@@ -88,10 +91,10 @@ class Packer {
     const auto* const data =
         static_cast<const Source*>(w_.data) + z * w_.stride_d + y * w_.stride_h + x * w_.stride_w;
     const int64_t depth = w_.width * in_;
-    for (int64_t panel = first; panel < last; panel += Isa::kPanel) {
-      const int64_t width = std::min<int64_t>(Isa::kPanel, columns_ - panel), count = std::min(width, w_.out - panel);
-      const Source* const source = data + panel * w_.stride_out;
-      Element* const target = matrix + panel * depth + x * in_ * width;
+    for (int64_t panel = first; panel < last; ++panel) {
+      const int64_t begin = cut_.begin(panel), width = cut_.width(panel), count = std::min(width, w_.out - begin);
+      const Source* const source = data + begin * w_.stride_out;
+      Element* const target = matrix + begin * depth + x * in_ * width;
       if constexpr (e == 1) {
         for (int64_t i = 0; i < in_; i += Isa::kLanes)
           for (int64_t o = 0; o < width; o += Isa::kLanes) {
@@ -168,9 +171,9 @@ class Packer {
       to[2] = Isa::sub(ends, middle);
       to[3] = c;
     };
-    for (int64_t o = first; o < last; o += Isa::kLanes) {
-      const int64_t panel = o / Isa::kPanel * Isa::kPanel, width = std::min<int64_t>(Isa::kPanel, columns_ - panel);
-      float* const target = packed + panel * w_.depth * in_ + z * in_ * width + o - panel;
+    for (int64_t o = cut_.begin(first); o < cut_.begin(last); o += Isa::kLanes) {
+      const int64_t panel = cut_.of(o), begin = cut_.begin(panel), width = cut_.width(panel);
+      float* const target = packed + begin * w_.depth * in_ + z * in_ * width + o - begin;
       const auto* const source = static_cast<const Source*>(w_.data) + z * w_.stride_d + o * w_.stride_out;
       for (int64_t i = 0; i < in_; i += Isa::kLanes) {
         Vector taps[9][Isa::kLanes], columns[3][4], places[4];
@@ -190,6 +193,7 @@ class Packer {
 
   const Weight& w_;
   const int64_t in_, columns_;
+  const PanelCut<Word> cut_;
 };
 
 // The weight with which the gradient of the output makes that of the input: its transpose, its taps turned around.
@@ -205,10 +209,7 @@ template <class Word>
 const void* pack_in_parallel(const Weight& weight, const Team& team, Buffer& memory) {
   const Packer<Word, Isa::template kDepth<Word>> packer(weight);
   void* const packed = memory.get<char>(packer.bytes());
-  const int64_t columns = round_up(weight.out, Isa::kLanes);
-  team.run(ceil_div(columns, Isa::kPanel), [&](int64_t begin, int64_t end) {
-    packer.pack(packed, begin * Isa::kPanel, std::min(columns, end * Isa::kPanel));
-  });
+  team.run(packer.panels(), [&](int64_t begin, int64_t end) { packer.pack(packed, begin, end); });
   return packed;
 }
 

@@ -91,6 +91,7 @@ void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
         for (int64_t block = 0; block < rows; block += kTogether)
           for (int64_t v = 0; v < width; v += Isa::kLanes) {
             const int64_t channel = start + v;
+            const auto column = z.column(v);
             NormSums few(norm.mean + channel);
             for (int64_t row = block; row < std::min(rows, block + kTogether); row += e) {
               Vector pooled[e] = {};
@@ -103,7 +104,7 @@ void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
                   few.add(value, Isa::where_positive(activated, dpixel));
                 });
               }
-              z.store(row / e, v, pooled);
+              column.store(row / e, pooled);
             }
             few.add_to(sum + channel, sum + columns + channel);
           }

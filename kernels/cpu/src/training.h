@@ -349,6 +349,7 @@ class TrainingBlock {
         const Gradient* const arriving = arriving_ + first * stride + channel;
         Gradient* const grad = grad_ + first * stride + channel;
         const Vector scale = Isa::load(norm1_.scale + channel), shift = Isa::load(norm1_.shift + channel);
+        const auto column = z.column(v);
         NormSums sums(norm1_.mean + channel);
         const auto undo = [&](int64_t row, auto whole) {  // whether all of a vector's channels exist
           const int64_t count = decltype(whole)::value ? Isa::kLanes : exist;
@@ -368,11 +369,11 @@ class TrainingBlock {
           for (; row + e <= end; row += e) {
             Vector activated[e];
             for (int64_t i = 0; i < e; ++i) activated[i] = undo(row + i, whole);
-            z.store(row / e, v, activated);
+            column.store(row / e, activated);
           }
           if (row == end) return;
           Vector last[e] = {undo(row, whole)};  // and zeros
-          z.store(row / e, v, last);
+          column.store(row / e, last);
         };
         if (exist >= Isa::kLanes) undo_all(std::true_type());
         else undo_all(std::false_type());
