@@ -85,11 +85,11 @@ inline constexpr int64_t kTrainingStrip = 4 * Isa::kStrip;
 // A 1x1 convolution of a strip backwards, from dy, `out` channels of pixels `stride` apart. Called for some of its
 // input channels, from `start`, use(start, width, dz, z) takes their gradient dz [rows, width] and writes the input
 // itself to z; from that the weight's gradient is added to weight_sum, unless it is null: [out, width] one after
-// another. The multiply that makes dz asks for needs(start, width), which `use` reads then, the other for what is read
-// `after` this strip.
-template <class Word, class Use, class Needs, class I = Isa>
+// another. The multiplies ask for memory `ahead`: at first what `use` reads of the first channels; then, from the moment
+// when some are used, coming(start), what it reads of those from `start`, or after all of them, from `columns`.
+template <class Word, class Use, class Coming, class I = Isa>
 void undo_multiply(typename Word::Element* dy, int64_t rows, int64_t out, int64_t stride, const void* packed,
-                   int64_t columns, float* weight_sum, const Use& use, const Needs& needs, Ahead* after = nullptr) {
+                   int64_t columns, float* weight_sum, const Use& use, const Coming& coming, Ahead& ahead) {
   using Element = typename Word::Element;
   constexpr int64_t e = Word::kElements;
   constexpr int64_t kStride = kTrainingStrip + 48;  // no power of two: rows would fall into few cache sets
@@ -107,18 +107,18 @@ void undo_multiply(typename Word::Element* dy, int64_t rows, int64_t out, int64_
   for (int64_t start = 0, width; start < columns; start += width) {
     width = gradient_chunk(columns - start);
     const PixelPanels<Word> panels{z, depth, width};
-    Ahead needed = needs(start, panels.columns);
     gemm<Word>({reinterpret_cast<const Word*>(dy), stride / e, rows},
-               {static_cast<const Word*>(packed) + start * k, k, panels.columns, 0, k}, dz, false, &needed);
-    use(start, panels.columns, dz, panels);
+               {static_cast<const Word*>(packed) + start * k, k, width, 0, k}, dz, false, &ahead);
+    ahead = coming(start + width);
+    use(start, width, dz, panels);
     if (weight_sum == nullptr) continue;
     panels.clear(ceil_div(rows, e), depth);
     float* const sum = weight_sum + start * round_up(out, I::kRowBlock);
     if constexpr (e == 2)
       gemm<Word>({reinterpret_cast<const Word*>(transposed), kStride / e, out}, panels.panels(0, depth), sum, true,
-                 after);
+                 &ahead);
     else
-      add_gemm<Word>({reinterpret_cast<const Word*>(dy), stride, out}, panels.panels(0, depth), sum, after);
+      add_gemm<Word>({reinterpret_cast<const Word*>(dy), stride, out}, panels.panels(0, depth), sum, &ahead);
   }
 }
 

@@ -43,8 +43,8 @@ void gemm_tile(const Word* a, int64_t lda, const Taps& taps, const Word* b, int6
   constexpr int kGroup = kLayout == kByRows ? 3 : kTileRows;  // rows reached from one pointer
   constexpr int kPointers = (kTileRows + kGroup - 1) / kGroup;
   const int64_t row_step = kLayout == kByRows ? lda : 1, k_step = kLayout == kByRows ? 1 : lda;
-  Ahead own;  // in registers
-  if constexpr (kAsks) own = *ahead;
+  Ahead::Rows lines;
+  if constexpr (kAsks) lines = ahead->now();
   typename Isa::Vector acc[kTileRows][kVectors];
 #pragma GCC unroll 32
   for (int r = 0; r < kTileRows; ++r)
@@ -57,7 +57,7 @@ void gemm_tile(const Word* a, int64_t lda, const Taps& taps, const Word* b, int6
       const Word* rows[kPointers];
       for (int i = 0; i < kPointers; ++i) rows[i] = at + i * kGroup * row_step;
       for (int64_t i = 0; i < k; ++i, next += kVectors * Isa::kLanes) {
-        if constexpr (kAsks) own.ask();
+        if constexpr (kAsks) lines.ask(*ahead);
         decltype(Isa::load_words(next)) bv[kVectors];
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) bv[v] = Isa::load_words(next + v * Isa::kLanes);
@@ -72,7 +72,7 @@ void gemm_tile(const Word* a, int64_t lda, const Taps& taps, const Word* b, int6
       }
     }
   }
-  if constexpr (kAsks) *ahead = own;
+  if constexpr (kAsks) ahead->go_on(lines);
 
 #pragma GCC unroll 32
   for (int r = 0; r < kTileRows; ++r)

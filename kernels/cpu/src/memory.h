@@ -43,35 +43,49 @@ inline void prefetch(const T* p, int64_t count) {
 // take 1.07 times as long so, and 1.4 times where each tile begins with its share of the requests.
 class Ahead {
  public:
-  // Of one array, then of another: rows of `width` elements, `stride` apart.
+  // Up to four arrays, one after another: rows of `width` elements, `stride` apart.
   template <class T>
   Ahead& add(const T* first, int64_t rows, int64_t stride, int64_t width) {
     constexpr int64_t kSize = sizeof(T);
     const bool dense = stride == width;
-    (now_.count == 0 ? now_ : then_) = {reinterpret_cast<const char*>(first), dense ? 1 : rows, stride * kSize,
-                                        (dense ? rows : 1) * width * kSize};
+    (now_.count == 0 ? now_ : then_[waiting_++]) = {reinterpret_cast<const char*>(first), dense ? 1 : rows,
+                                                    stride * kSize, (dense ? rows : 1) * width * kSize};
     return *this;
   }
 
-  void ask() {
-    if (now_.count == 0) return;
-    __builtin_prefetch(now_.first + std::min(asked_, now_.width - 1));
-    asked_ += kCacheLine;
-    if (asked_ < now_.width + kCacheLine - 1) return;  // it may end in one line more than it is long
-    asked_ = 0;
-    now_.first += now_.stride;
-    if (--now_.count > 0) return;
-    now_ = then_;
-    then_.count = 0;
-  }
-
- private:
+  // The rows of one array that are not asked for yet. A multiply keeps them in registers.
   struct Rows {
     const char* first = nullptr;
     int64_t count = 0, stride = 0, width = 0;  // in bytes
+    int64_t done = 0;                          // bytes of a row
+
+    void ask(Ahead& ahead) {
+      if (count == 0) return;
+      __builtin_prefetch(first + std::min(done, width - 1));
+      done += kCacheLine;
+      if (done < width + kCacheLine - 1) return;  // it may end in one line more than it is long
+      done = 0;
+      first += stride;
+      if (--count == 0) *this = ahead.next();
+    }
   };
-  Rows now_, then_;
-  int64_t asked_ = 0;  // bytes of a row
+
+  const Rows& now() const { return now_; }
+  void go_on(const Rows& rows) { now_ = rows; }
+  void ask() { now_.ask(*this); }
+
+ private:
+  Rows next() {
+    const Rows rows = then_[0];
+    then_[0] = then_[1];
+    then_[1] = then_[2];
+    then_[2] = {};
+    waiting_ = std::max(0, waiting_ - 1);
+    return rows;
+  }
+
+  Rows now_, then_[3];
+  int waiting_ = 0;
 };
 
 class Buffer {

@@ -110,14 +110,17 @@ void transition_backward(const PointwiseGradArgs& p, ParallelFor parallel_for) {
           }
       };
       const int64_t between = corners[rows - 1] + (pool.of_sequences() ? 2 : p.width + 2) - corners[0];  // pixels
-      const auto needs = [&](int64_t start, int64_t width) {
-        const Store* const front = x + corners[0] * c + start;
+      const auto coming = [&](int64_t start) {
         Ahead ahead;
+        if (start >= columns) return ahead;
+        const Store* const front = x + corners[0] * c + start;
+        const int64_t width = gradient_chunk(columns - start);
         ahead.add(front, between, c, width);
         if (pool.of_volumes()) ahead.add(front + p.height * p.width * c, between, c, width);
         return ahead;
       };
-      undo_multiply<Word>(dy, rows, k, k_padded, w, columns, weight_sum, use, needs);
+      Ahead ahead = coming(0);
+      undo_multiply<Word>(dy, rows, k, k_padded, w, columns, weight_sum, use, coming, ahead);
     }
   });
   if (p.conv_weight != nullptr) finish_conv1(weight_sums, k, c, team, p.conv_weight);

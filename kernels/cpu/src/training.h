@@ -312,22 +312,30 @@ class TrainingBlock {
       float* const weight_sum = wants_weight ? weight_sums_.clear(slot) : nullptr;
       Element* const dh = Scratch::of_this_thread().dy.get<Element>(kTrainingStrip * hidden_padded_);
       const auto* const h = static_cast<const Round*>(layer.bottleneck);
+      Ahead ahead;
       for (int64_t strip = begin; strip < end; ++strip) {
         const int64_t first = pixels_ * strip / strips, rows = pixels_ * (strip + 1) / strips - first;
         make_dh(layer, first, rows, dh);
-        Ahead after;
-        if (strip + 1 < end) {
-          after.add(h + (first + rows) * hidden_, rows, hidden_, hidden_);
-          after.add(da_ + (first + rows) * hidden_columns_, rows, hidden_columns_, hidden_columns_);
-        }
         const auto use = [&](int64_t start, int64_t width, const float* dz, const PixelPanels<Word>& z) {
           undo_norm1(first, rows, start, width, c, dz, z, s1, s2);
         };
-        const auto needs = [&](int64_t start, int64_t width) {
-          const int64_t at = first * channels_ + start;
-          return Ahead().add(x_ + at, rows, channels_, width).add(arriving_ + at, rows, channels_, width);
+        const auto add_chunk = [&](Ahead& to, int64_t pixel, int64_t start) {
+          const int64_t at = pixel * channels_ + start, width = gradient_chunk(columns - start);
+          to.add(x_ + at, rows, channels_, width).add(arriving_ + at, rows, channels_, width);
         };
-        undo_multiply<Word>(dh, rows, hidden_, hidden_padded_, w, columns, weight_sum, use, needs, &after);
+        const auto coming = [&](int64_t start) {
+          Ahead next;
+          if (start < columns) {
+            add_chunk(next, first, start);
+          } else if (strip + 1 < end) {
+            next.add(h + (first + rows) * hidden_, rows, hidden_, hidden_);
+            next.add(da_ + (first + rows) * hidden_columns_, rows, hidden_columns_, hidden_columns_);
+            add_chunk(next, first + rows, 0);
+          }
+          return next;
+        };
+        if (strip == begin) ahead = coming(0);
+        undo_multiply<Word>(dh, rows, hidden_, hidden_padded_, w, columns, weight_sum, use, coming, ahead);
       }
     });
     finish_norm(norm1_, c, c_padded, layer.norm1_weight, layer.norm1_bias);
