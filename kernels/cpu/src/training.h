@@ -568,6 +568,7 @@ class TrainingBlock {
   const Element* make_u(const Place& place, const Window<Word>& window, const Source* source, int64_t stride, int64_t c,
                         const Normalization& norm) const {
     return fill(place, window, Scratch::of_this_thread().u, [&](int64_t at, Element* target) {
+      prefetch(source + (at + 2 * kAhead) * stride, c);
       affine_relu_row(source + at * stride, Affine(norm), c, window.stride, target);
     });
   }
