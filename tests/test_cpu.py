@@ -737,4 +737,5 @@ def test_every_line_is_asked_for(tmp_path, first, rows, stride, width):
     starts = [first + 4 * stride * row for row in range(rows)]
     lines = {line for start in starts for line in range(start // 64, (start + 4 * width - 1) // 64 + 1)}
     assert set(asked) == lines | {512, 513, 514, 768, 770, 896}
-    assert [line for line in asked if line >= 512] == sorted([*range(512, 515), 514, 768, 768, 770, 770, 896, 896])
+    later = [512, 513, 514, 514, 768, 768, 770, 770, 896, 896]  # a row's last again, where it might end in one more
+    assert [line for line in asked if line >= 512] == later

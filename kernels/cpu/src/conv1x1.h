@@ -75,7 +75,8 @@ struct PixelPanels {
   }
 };
 
-// How many of a strip's channels undo_multiply hands out at once, and of those that are left: whole panels.
+// How many of a strip's channels undo_multiply hands out, at most and of those that are left: whole panels, of which the
+// last may be three vectors wide.
 inline constexpr int64_t kGradientChunk = 4 * Isa::kPanel + Isa::kLanes;
 inline int64_t gradient_chunk(int64_t left) { return left <= kGradientChunk ? left : kGradientChunk - Isa::kLanes; }
 

@@ -48,8 +48,9 @@ class Ahead {
   Ahead& add(const T* first, int64_t rows, int64_t stride, int64_t width) {
     constexpr int64_t kSize = sizeof(T);
     const bool dense = stride == width;
-    (now_.count == 0 ? now_ : then_[waiting_++]) = {reinterpret_cast<const char*>(first), dense ? 1 : rows,
-                                                    stride * kSize, (dense ? rows : 1) * width * kSize};
+    Rows* end = rows_;
+    while (end->count > 0) ++end;
+    *end = {reinterpret_cast<const char*>(first), dense ? 1 : rows, stride * kSize, (dense ? rows : 1) * width * kSize};
     return *this;
   }
 
@@ -70,22 +71,19 @@ class Ahead {
     }
   };
 
-  const Rows& now() const { return now_; }
-  void go_on(const Rows& rows) { now_ = rows; }
-  void ask() { now_.ask(*this); }
+  const Rows& now() const { return rows_[0]; }
+  void go_on(const Rows& rows) { rows_[0] = rows; }
+  void ask() { rows_[0].ask(*this); }
 
  private:
   Rows next() {
-    const Rows rows = then_[0];
-    then_[0] = then_[1];
-    then_[1] = then_[2];
-    then_[2] = {};
-    waiting_ = std::max(0, waiting_ - 1);
+    const Rows rows = rows_[1];
+    std::copy(rows_ + 2, rows_ + 4, rows_ + 1);
+    rows_[3] = {};
     return rows;
   }
 
-  Rows now_, then_[3];
-  int waiting_ = 0;
+  Rows rows_[4];
 };
 
 class Buffer {
