@@ -42,6 +42,16 @@ def test_every_stage_of_a_training_step_is_an_op(nets, x, op_calls):
     assert names(calls) == ["channel_stats", *forward, *(f"{op}_backward" for op in reversed(forward))]
 
 
+def test_what_a_stems_convolution_makes_is_read_where_it_is(nets, x, op_calls):
+    fast, _ = nets
+    made = []
+    fast.features.conv0.register_forward_hook(lambda module, args, out: made.append(out.data_ptr()))
+    with op_calls() as calls:
+        fast(x).sum().backward()
+    read = [args[0].data_ptr() for op, args, _ in calls if op.name() == "fastdense::stem_tail"]
+    assert len(read) == 1 and read == made
+
+
 def test_every_stage_of_inference_is_an_op(nets, x, op_calls):
     fast, _ = nets
     with op_calls() as calls, torch.no_grad():
