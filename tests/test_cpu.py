@@ -416,14 +416,14 @@ def test_what_is_not_finite_stays_where_it_was(kernels, precision, value, growth
 
 @each_kernel
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("growth_rate", [5, 32])
-def test_a_gradient_that_is_not_finite_stays_where_it_was(kernels, precision, growth_rate, twins, randn):
+@pytest.mark.parametrize(("growth_rate", "spatial"), [(5, (11, 13)), (32, (11, 13)), (32, (7, 6, 9))], ids=str)
+def test_a_gradient_that_is_not_finite_stays_where_it_was(kernels, precision, growth_rate, spatial, twins, randn):
     """That of one pixel of the new features: with running statistics, as far as the 3x3 convolution carries it."""
     dtype = PRECISIONS[precision]["dtype"]
-    pair = twins("block", num_layers=1, num_input_features=20, growth_rate=growth_rate)
-    found, expected = (randn(2, 20, 11, 13, dtype=dtype).requires_grad_() for _ in pair)
-    grad = randn(2, 20 + growth_rate, 11, 13, seed=1, dtype=dtype)
-    grad[1, 22, 4, 5] = float("nan")
+    pair = twins("block", num_layers=1, num_input_features=20, growth_rate=growth_rate, spatial_dims=len(spatial))
+    found, expected = (randn(2, 20, *spatial, dtype=dtype).requires_grad_() for _ in pair)
+    grad = randn(2, 20 + growth_rate, *spatial, seed=1, dtype=dtype)
+    grad[1, 22].view(-1)[grad[1, 22].numel() // 2] = float("nan")
     for module, x in zip(pair, (found, expected), strict=True):
         module.to(dtype).eval()(x).backward(grad)
     assert 0 < expected.grad.isnan().sum() < expected.grad[1].numel() / 8
@@ -431,13 +431,16 @@ def test_a_gradient_that_is_not_finite_stays_where_it_was(kernels, precision, gr
 
 
 @each_kernel
-def test_values_near_overflow(kernels, twins):
+@pytest.mark.parametrize("spatial", [(6, 6), (5, 6, 6)], ids=str)
+def test_values_near_overflow(kernels, spatial, twins):
     """Winograd's sums exceed what they come from: where they overflow, the result must not."""
-    fast, stock = twins("block", num_layers=1, num_input_features=4, growth_rate=4, bn_size=None)
+    fast, stock = twins(
+        "block", num_layers=1, num_input_features=4, growth_rate=4, bn_size=None, spatial_dims=len(spatial)
+    )
     with torch.no_grad():
-        fast.denselayer1.conv1.weight.fill_(1 / 36)
+        fast.denselayer1.conv1.weight.fill_(1 / 4 / 3 ** len(spatial))
     stock.load_state_dict(fast.state_dict())
-    x = torch.full((1, 4, 6, 6), 1.5e38)
+    x = torch.full((1, 4, *spatial), 1.5e38)
     assert infer(stock, x).isfinite().all()
     torch.testing.assert_close(infer(fast, x), infer(stock, x))
 

@@ -106,10 +106,11 @@ class DenseBlock {
   Ahead weights_after_conv1(int64_t layer, const Window<Word>& window) const {
     Ahead weights;
     if (!has_bottleneck_) return weights;
-    const int64_t in = (2 * window.reach_z + 1) * window.channels, columns = round_up(p_.growth_rate, Isa::kLanes);
+    const int64_t slices = 2 * window.reach_z + 1, in = slices * window.channels;
+    const int64_t columns = round_up(p_.growth_rate, Isa::kLanes);
     const auto* const conv3 = static_cast<const Element*>(p_.conv3[layer]);
     if (window.by_winograd())
-      weights.add(conv3 + places_start(in, columns), 16 * in, columns, columns);
+      weights.add(conv3 + places_start(in, columns), places_of(slices) * window.channels, columns, columns);
     else
       weights.add(conv3, 3 * (2 * window.reach_y + 1) * in, columns, columns);
     if (layer + 1 < p_.layers) {
@@ -132,14 +133,17 @@ class DenseBlock {
                                },
                                &weights);
     int64_t slice = first / slice_, i = first % slice_ / p_.width, j = first % p_.width;
+    Element* target = u + window.pixel(slice, i, j) * window.stride;
     for (int64_t row = 0; row < rows; ++row) {
-      Element* const target = u + window.pixel(slice, i, j) * window.stride;
       if (has_bottleneck_)
         affine_relu_row(h + row * columns, norm2_[layer], p_.bottleneck_channels, window.channels, target);
       else
         affine_relu_row(x + row * channels_, norm, c, window.channels, target);
-      if (++j == p_.width) j = 0, ++i;
-      if (i == p_.height) i = 0, ++slice;
+      target += window.stride;
+      if (++j < p_.width) continue;
+      j = 0;
+      if (++i == p_.height) i = 0, ++slice;
+      target = u + window.pixel(slice, i, j) * window.stride;
     }
   }
 

@@ -2,8 +2,8 @@
 //
 //   1x1               one matrix [in, out]
 //   3, 3x3, 3x3x3     one matrix [3 * in, out] for each row of taps, slice by slice
-//   3x3s in floats    then F(2x2, 3x3) of Winograd, U = G w G^T of each slice: one matrix [slices * in, out] for each
-//                     of 16 places
+//   3x3s in floats    then F(2x2, 3x3) of Winograd, U = G w G^T, of 3x3x3s in depth too: one matrix [in, out] for each
+//                     of 16 places, or of 64, slice by slice
 //
 // A matrix [depth, columns] is cut into panels, each [depth / e][column][e] with e elements a word. Inputs are padded
 // to kAlign, in training to kDepth, columns to kLanes, with zeros.
@@ -30,7 +30,10 @@ int64_t stride_of(int64_t channels) {
   return round_up(channels, std::max<int64_t>(Isa::kLanes, Isa::template kDepth<Word>));
 }
 
-// Where the places begin, in words, behind the taps of a 3x3 of so many inputs, of all its slices.
+// Winograd's places of a 3x3 or 3x3x3.
+inline int64_t places_of(int64_t taps_in_depth) { return taps_in_depth == 3 ? 64 : 16; }
+
+// Where they begin, in words, behind the taps of a 3x3 of so many inputs, of all its slices.
 inline int64_t places_start(int64_t in, int64_t columns) { return 9 * in * columns; }
 
 inline void convert(float from, float& to) { to = from; }
@@ -57,82 +60,114 @@ class Packer {
 
  public:
   explicit Packer(const Weight& w)
-      : w_(w), in_(round_up(w.in, kAligned)), columns_(round_up(w.out, Isa::kLanes)), cut_{columns_} {}
+      : w_(w),
+        count_(w.depth * w.height * w.width),
+        in_(round_up(w.in, kAligned)),
+        columns_(round_up(w.out, Isa::kLanes)),
+        cut_{columns_} {}
 
   int64_t panels() const { return cut_.count(); }
 
   int64_t bytes() const {
-    return w_.depth * (w_.height * w_.width + (has_places() ? 16 : 0)) * in_ * columns_ * sizeof(Element);
+    return (count_ + (has_places() ? places_of(w_.depth) : 0)) * in_ * columns_ * sizeof(Element);
   }
 
   void pack(void* target) const { pack(target, 0, panels()); }
 
   // The panels [first, last).
+  template <class I = Isa>
   void pack(void* target, int64_t first, int64_t last) const {
     auto* const packed = static_cast<Element*>(target);
     with_element_type(w_.dtype, [&](auto* type) {
       using Source = std::remove_pointer_t<decltype(type)>;
-      for (int64_t z = 0; z < w_.depth; ++z)
-        for (int64_t y = 0; y < w_.height; ++y)
-          for (int64_t x = 0; x < w_.width; ++x)
-            pack_tap<Source>(z, y, x, first, last, packed + (z * w_.height + y) * w_.width * in_ * columns_);
-      if constexpr (kIsWinograd<Word>)
-        for (int64_t z = 0; z < w_.depth && has_places(); ++z)
-          pack_places<Source>(z, first, last, packed + places_start(w_.depth * in_, columns_));
+      for (int64_t panel = first; panel < last; ++panel) {
+        if constexpr (e == 2)
+          if (pack_dense<Source>(panel, packed)) continue;
+        const int64_t begin = cut_.begin(panel), width = cut_.width(panel);
+        for (int64_t o = begin; o < begin + width; o += Isa::kLanes)
+          for (int64_t i = 0; i < in_; i += Isa::kLanes) {
+            Vector taps[27][Isa::kLanes];
+            load_taps<Source>(o, i, taps);
+            const int64_t count = std::min<int64_t>(Isa::kLanes, in_ - i);
+            for (int64_t t = 0; t < count_; ++t) {
+              Element* const to = packed + place_of(panel, t) + i * width + (o - begin) * e;
+              if constexpr (e == 2)
+                for (int64_t n = 0; n < count; n += 2) I::store_pairs(to + n * width, taps[t][n], taps[t][n + 1]);
+              else
+                for (int64_t n = 0; n < count; ++n) Isa::store(to + n * width, taps[t][n]);
+            }
+            if constexpr (kIsWinograd<Word>)
+              if (has_places())
+                pack_places(taps, count,
+                            packed + places_start(w_.depth * in_, columns_) + begin * in_ + i * width + o - begin, width);
+          }
+      }
     });
   }
 
  private:
+  static constexpr int64_t e = Word::kElements;
+
   bool has_places() const { return kIsWinograd<Word> && w_.height == 3; }
 
-  template <class Source>
-  void pack_tap(int64_t z, int64_t y, int64_t x, int64_t first, int64_t last, Element* matrix) const {
-    constexpr int64_t e = Word::kElements;
-    const auto* const data =
-        static_cast<const Source*>(w_.data) + z * w_.stride_d + y * w_.stride_h + x * w_.stride_w;
-    const int64_t depth = w_.width * in_;
-    for (int64_t panel = first; panel < last; ++panel) {
-      const int64_t begin = cut_.begin(panel), width = cut_.width(panel), count = std::min(width, w_.out - begin);
-      const Source* const source = data + begin * w_.stride_out;
-      Element* const target = matrix + begin * depth + x * in_ * width;
-      if constexpr (e == 1) {
-        for (int64_t i = 0; i < in_; i += Isa::kLanes)
-          for (int64_t o = 0; o < width; o += Isa::kLanes) {
-            Vector rows[Isa::kLanes];
-            load_block(source + o * w_.stride_out, i, count - o, rows);
-            for (int64_t n = 0; n < std::min<int64_t>(Isa::kLanes, in_ - i); ++n)
-              Isa::store(target + (i + n) * width + o, rows[n]);
-          }
-      } else {
-        if (pack_dense(source, count, width, target)) continue;
-        for (int64_t i = 0; i < w_.in; ++i)
-          for (int64_t o = 0; o < count; ++o)
-            convert(source[o * w_.stride_out + i * w_.stride_in], target[(i / e * width + o) * e + i % e]);
-        for (int64_t i = 0; i < in_; ++i)
-          for (int64_t o = i < w_.in ? count : 0; o < width; ++o)
-            std::memset(target + (i / e * width + o) * e + i % e, 0, sizeof(Element));
-      }
-    }
+  // Where the words of a panel and a tap begin, in elements.
+  int64_t place_of(int64_t panel, int64_t tap) const {
+    const int64_t begin = cut_.begin(panel), depth = w_.width * in_;
+    return tap / w_.width * depth * columns_ + begin * depth + tap % w_.width * in_ * cut_.width(panel);
   }
 
-  // Of inputs i, i + 1, ... the first kLanes outputs, of which `count` exist, as vectors. Zeros where there are none.
+  // Of the first tap, in elements.
+  int64_t offset_of(int64_t tap) const {
+    const int64_t row = tap / w_.width;
+    return row / w_.height * w_.stride_d + row % w_.height * w_.stride_h + tap % w_.width * w_.stride_w;
+  }
+
+  // Whether the taps of an input are neighbours in memory, in order or turned around.
+  bool taps_are_neighbours() const {
+    const int64_t step = w_.stride_w;
+    return (step == 1 || step == -1) && count_ > 1 && (w_.height == 1 || w_.stride_h == w_.width * step) &&
+           (w_.depth == 1 || w_.stride_d == w_.height * w_.width * step);
+  }
+
+  // Of kLanes inputs from i on, each tap's kLanes outputs from o on, as vectors. Zeros where there are none.
   template <class Source>
-  void load_block(const Source* source, int64_t i, int64_t count, Vector (&rows)[Isa::kLanes]) const {
-    const Source* const first = source + i * w_.stride_in;
+  void load_taps(int64_t o, int64_t i, Vector (&taps)[27][Isa::kLanes]) const {
+    const auto* const source = static_cast<const Source*>(w_.data) + o * w_.stride_out + i * w_.stride_in;
     const int64_t inputs = std::clamp<int64_t>(w_.in - i, 0, Isa::kLanes);
-    const int64_t outputs = std::clamp<int64_t>(count, 0, Isa::kLanes);
+    const int64_t outputs = std::clamp<int64_t>(w_.out - o, 0, Isa::kLanes);
+    if (w_.stride_in != 1 && w_.stride_out != 1 && taps_are_neighbours()) {
+      const Source* const lowest = source + (w_.stride_w < 0 ? 1 - count_ : 0);
+      for (int n = 0; n < Isa::kLanes; ++n)
+        for (int64_t first = 0; first < count_; first += Isa::kLanes) {
+          Vector rows[Isa::kLanes];
+          for (int k = 0; k < Isa::kLanes; ++k)
+            rows[k] = n < inputs && k < outputs
+                          ? load_up_to(lowest + k * w_.stride_out + n * w_.stride_in + first, count_ - first)
+                          : Isa::zero();
+          Isa::transpose(rows);
+          for (int64_t t = first; t < std::min(first + Isa::kLanes, count_); ++t)
+            taps[w_.stride_w < 0 ? count_ - 1 - t : t][n] = rows[t - first];
+        }
+      return;
+    }
+    for (int64_t t = 0; t < count_; ++t) load_block(source + offset_of(t), inputs, outputs, taps[t]);
+  }
+
+  // The same of one tap.
+  template <class Source>
+  void load_block(const Source* source, int64_t inputs, int64_t outputs, Vector (&rows)[Isa::kLanes]) const {
     if (w_.stride_in == 1) {
       for (int n = 0; n < Isa::kLanes; ++n)
-        rows[n] = n < outputs ? load_up_to(first + n * w_.stride_out, inputs) : Isa::zero();
+        rows[n] = n < outputs ? load_up_to(source + n * w_.stride_out, inputs) : Isa::zero();
       Isa::transpose(rows);
     } else if (w_.stride_out == 1) {
       for (int n = 0; n < Isa::kLanes; ++n)
-        rows[n] = n < inputs ? load_up_to(first + n * w_.stride_in, outputs) : Isa::zero();
+        rows[n] = n < inputs ? load_up_to(source + n * w_.stride_in, outputs) : Isa::zero();
     } else {
       for (int n = 0; n < Isa::kLanes; ++n) {
         float values[Isa::kLanes] = {};
         for (int64_t o = 0; n < inputs && o < outputs; ++o)
-          convert(first[o * w_.stride_out + n * w_.stride_in], values[o]);
+          convert(source[o * w_.stride_out + n * w_.stride_in], values[o]);
         rows[n] = Isa::load(values);
       }
     }
@@ -140,58 +175,69 @@ class Packer {
 
   // A panel of pairs whose inputs or outputs are neighbours in memory, many at once. Whether they are.
   template <class Source, class I = Isa>
-  bool pack_dense(const Source* source, int64_t count, int64_t width, BFloat16* target) const {
-    if (w_.stride_in == 1) {
-      for (int64_t i = 0; i < in_; i += 2 * I::kLanes)
-        for (int64_t o = 0; o < width; o += I::kLanes)
-          I::store_transposed(target + (i / 2 * width + o) * 2, 2 * width, (in_ - i) / 2, [&](int64_t row, int64_t c) {
-            const int64_t exist = o + row < count ? std::max<int64_t>(0, w_.in - i - c) : 0;
-            return exist > 0 ? load_up_to(source + (o + row) * w_.stride_out + i + c, exist) : Isa::zero();
-          });
-      return true;
-    }
-    if (w_.stride_out != 1) return false;
-    for (int64_t i = 0; i < in_; i += 2)
-      for (int64_t o = 0; o < width; o += I::kLanes) {
-        const auto row = [&](int64_t in) {
-          return in < w_.in ? load_up_to(source + in * w_.stride_in + o, count - o) : Isa::zero();
-        };
-        I::store_pairs(target + (i / 2 * width + o) * 2, row(i), row(i + 1));
+  bool pack_dense(int64_t panel, BFloat16* packed) const {
+    if (w_.stride_in != 1 && w_.stride_out != 1) return false;
+    const int64_t begin = cut_.begin(panel), width = cut_.width(panel), count = std::min(width, w_.out - begin);
+    for (int64_t t = 0; t < count_; ++t) {
+      const auto* const source = static_cast<const Source*>(w_.data) + begin * w_.stride_out + offset_of(t);
+      BFloat16* const target = packed + place_of(panel, t);
+      if (w_.stride_in == 1) {
+        for (int64_t i = 0; i < in_; i += 2 * I::kLanes)
+          for (int64_t o = 0; o < width; o += I::kLanes)
+            I::store_transposed(target + (i / 2 * width + o) * 2, 2 * width, (in_ - i) / 2, [&](int64_t row, int64_t c) {
+              const int64_t exist = o + row < count ? std::max<int64_t>(0, w_.in - i - c) : 0;
+              return exist > 0 ? load_up_to(source + (o + row) * w_.stride_out + i + c, exist) : Isa::zero();
+            });
+        continue;
       }
+      for (int64_t i = 0; i < in_; i += 2)
+        for (int64_t o = 0; o < width; o += I::kLanes) {
+          const auto row = [&](int64_t in) {
+            return in < w_.in ? load_up_to(source + in * w_.stride_in + o, count - o) : Isa::zero();
+          };
+          I::store_pairs(target + (i / 2 * width + o) * 2, row(i), row(i + 1));
+        }
+    }
     return true;
   }
 
-  // kLanes outputs at once.
-  template <class Source>
-  void pack_places(int64_t z, int64_t first, int64_t last, Element* packed) const {
+  // Of the taps of `count` inputs, Winograd's places, rows `width` apart.
+  void pack_places(const Vector (&taps)[27][Isa::kLanes], int64_t count, float* target, int64_t width) const {
+    const auto pack = [&](int64_t z, const auto& tap) {  // tap(t, n) of the z-th place in depth
+      for (int64_t n = 0; n < count; ++n)
+        store_places([&](int t) { return tap(t, n); }, target + 16 * z * in_ * columns_ + n * width);
+    };
+    const auto ends = [&](int t, int64_t n) { return half(Isa::add(taps[t][n], taps[18 + t][n])); };
+    const auto middle = [&](int t, int64_t n) { return half(taps[9 + t][n]); };
+    pack(0, [&](int t, int64_t n) { return taps[t][n]; });
+    if (w_.depth == 1) return;
+    pack(1, [&](int t, int64_t n) { return Isa::add(ends(t, n), middle(t, n)); });
+    pack(2, [&](int t, int64_t n) { return Isa::sub(ends(t, n), middle(t, n)); });
+    pack(3, [&](int t, int64_t n) { return taps[18 + t][n]; });
+  }
+
+  // G w G^T of 9 taps.
+  template <class Tap>
+  [[gnu::always_inline]] void store_places(const Tap& tap, float* target) const {
     const auto g = [](Vector a, Vector b, Vector c, Vector (&to)[4]) {  // G times a column
-      const Vector half = Isa::broadcast(.5f), ends = Isa::mul(half, Isa::add(a, c)), middle = Isa::mul(half, b);
+      const Vector ends = half(Isa::add(a, c)), middle = half(b);
       to[0] = a;
       to[1] = Isa::add(ends, middle);
       to[2] = Isa::sub(ends, middle);
       to[3] = c;
     };
-    for (int64_t o = cut_.begin(first); o < cut_.begin(last); o += Isa::kLanes) {
-      const int64_t panel = cut_.of(o), begin = cut_.begin(panel), width = cut_.width(panel);
-      float* const target = packed + begin * w_.depth * in_ + z * in_ * width + o - begin;
-      const auto* const source = static_cast<const Source*>(w_.data) + z * w_.stride_d + o * w_.stride_out;
-      for (int64_t i = 0; i < in_; i += Isa::kLanes) {
-        Vector taps[9][Isa::kLanes], columns[3][4], places[4];
-        for (int t = 0; t < 9; ++t)
-          load_block(source + t / 3 * w_.stride_h + t % 3 * w_.stride_w, i, w_.out - o, taps[t]);
-        for (int64_t n = 0; n < std::min<int64_t>(Isa::kLanes, in_ - i); ++n) {
-          for (int x = 0; x < 3; ++x) g(taps[x][n], taps[3 + x][n], taps[6 + x][n], columns[x]);
-          for (int y = 0; y < 4; ++y) {
-            g(columns[0][y], columns[1][y], columns[2][y], places);
-            for (int x = 0; x < 4; ++x)
-              Isa::store(target + (4 * y + x) * w_.depth * in_ * columns_ + (i + n) * width, places[x]);
-          }
-        }
-      }
+    Vector columns[3][4], places[4];
+    for (int x = 0; x < 3; ++x) g(tap(x), tap(3 + x), tap(6 + x), columns[x]);
+    for (int y = 0; y < 4; ++y) {
+      g(columns[0][y], columns[1][y], columns[2][y], places);
+      for (int x = 0; x < 4; ++x) Isa::store(target + (4 * y + x) * in_ * columns_, places[x]);
     }
   }
 
+  static Vector half(Vector v) { return Isa::mul(Isa::broadcast(.5f), v); }
+
   const Weight& w_;
+  const int64_t count_;  // taps
   const int64_t in_, columns_;
   const PanelCut<Word> cut_;
 };

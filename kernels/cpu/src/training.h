@@ -18,20 +18,21 @@
 // Included by each instruction set's file, inside its namespace, after its Isa.
 
 // A batch cut into windows for 3x3 convolutions: some images each, some slices of one, or an even number of rows of a
-// slice.
+// slice, or of `together` slices, which are not parted.
 class Windows {
  public:
-  Windows(int64_t images, int64_t depth, int64_t height, int64_t width, int64_t threads)
-      : images_(images), depth_(depth), height_(height) {
+  Windows(int64_t images, int64_t depth, int64_t height, int64_t width, int64_t threads, int64_t together)
+      : images_(images), depth_(depth), height_(height), together_(together) {
     constexpr int64_t kTiles = 96;  // of 2x2 pixels, that a window should have
-    const int64_t across = ceil_div(width, 2), bands = ceil_div(height, 2), tiles = across * bands;
-    if (tiles * depth >= kTiles) {
+    const int64_t across = ceil_div(width, 2) * together, bands = ceil_div(height, 2), tiles = across * bands;
+    const int64_t layers = ceil_div(depth, together);
+    if (tiles * layers >= kTiles) {
       slice_parts_ = tiles >= kTiles ? ceil_div(bands, std::max<int64_t>(1, kTiles / across)) : 1;
-      depth_parts_ = ceil_div(depth, std::max<int64_t>(1, kTiles / tiles));
+      depth_parts_ = ceil_div(layers, std::max<int64_t>(1, kTiles / tiles));
       count_ = images * depth_parts_ * slice_parts_;
     } else {
-      const int64_t together = std::min(kTiles / (tiles * depth), std::max<int64_t>(1, images / threads));
-      count_ = ceil_div(images, together);
+      const int64_t of_images = std::min(kTiles / (tiles * layers), std::max<int64_t>(1, images / threads));
+      count_ = ceil_div(images, of_images);
     }
   }
 
@@ -47,12 +48,13 @@ class Windows {
     const int64_t bands = ceil_div(height_, 2), row_part = i % slice_parts_, part = i / slice_parts_ % depth_parts_;
     const int64_t top = bands * row_part / slice_parts_ * 2;
     const int64_t bottom = std::min(height_, bands * (row_part + 1) / slice_parts_ * 2);
-    const int64_t front = depth_ * part / depth_parts_, back = depth_ * (part + 1) / depth_parts_;
+    const int64_t layers = ceil_div(depth_, together_), front = layers * part / depth_parts_ * together_;
+    const int64_t back = std::min(depth_, layers * (part + 1) / depth_parts_ * together_);
     return {i / slice_parts_ / depth_parts_, 1, front, back - front, top, bottom - top};
   }
 
  private:
-  int64_t images_, depth_, height_, count_, depth_parts_ = 0, slice_parts_ = 0;
+  int64_t images_, depth_, height_, together_, count_, depth_parts_ = 0, slice_parts_ = 0;
 };
 
 template <class Store, class Round, class Word>
@@ -76,7 +78,8 @@ class TrainingBlock {
         growth_columns_(round_up(args.growth_rate, Isa::kLanes)),
         x_(static_cast<Store*>(args.out)),
         grad_(static_cast<Gradient*>(args.grad)),
-        windows_(args.images, args.depth, args.height, args.width, args.threads),
+        windows_(args.images, args.depth, args.height, args.width, args.threads,
+                 kIsWinograd<Word> && args.layer[0].conv3.depth > 1 ? 2 : 1),
         reach_z_(args.layer[0].conv3.depth / 2),
         reach_y_(args.layer[0].conv3.height / 2),
         shares_statistics_(std::any_of(args.layer, args.layer + args.layers,
@@ -202,7 +205,9 @@ class TrainingBlock {
           }
         });
         if (shares_statistics_)
-          statistics_.add(segment, y + pixel(place, 0, 0) * channels_, window.rows() * p_.width, channels_);
+          each_run(place, [&](int64_t first, int64_t pixels) {
+            statistics_.add(segment, y + first * channels_, pixels, channels_);
+          });
       }
     });
     if (shares_statistics_) finish_statistics(p_.mean + channels(i), p_.var + channels(i), p_.growth_rate);
@@ -240,15 +245,17 @@ class TrainingBlock {
         const Place place = windows_[n];
         const Window<Word> window = padded_window(place, p_.growth_rate);
         const Element* const dy = make_dy(i, place, window);
-        const int64_t pixels = window.rows() * p_.width, here = pixel(place, 0, 0), next = here + pixels;
         Ahead masked, arriving;
-        masked.add(source + here * stride, pixels, stride, c);
-        if (hidden_ > 0) masked.add(da_ + here * hidden_columns_, pixels, hidden_columns_, hidden_columns_);
-        else masked.add(arriving_ + here * channels_, pixels, channels_, c);
-        if (n + 1 < end) {
-          arriving.add(x_ + next * channels_ + channels(i), pixels, channels_, p_.growth_rate);
-          arriving.add(arriving_ + next * channels_ + channels(i), pixels, channels_, p_.growth_rate);
-        }
+        each_run(place, [&](int64_t first, int64_t pixels) {
+          masked.add(source + first * stride, pixels, stride, c);
+          if (hidden_ > 0) masked.add(da_ + first * hidden_columns_, pixels, hidden_columns_, hidden_columns_);
+          else masked.add(arriving_ + first * channels_, pixels, channels_, c);
+        });
+        if (n + 1 < end)
+          each_run(windows_[n + 1], [&](int64_t first, int64_t pixels) {
+            arriving.add(x_ + first * channels_ + channels(i), pixels, channels_, p_.growth_rate);
+            arriving.add(arriving_ + first * channels_ + channels(i), pixels, channels_, p_.growth_rate);
+          });
         const auto mask = [&](int64_t slice, int64_t row, const float* du) {
           const int64_t first = pixel(place, slice, row);
           const Source* const x = source + first * stride;
@@ -469,35 +476,31 @@ class TrainingBlock {
     }
   }
 
+  bool by_winograd() const { return kIsWinograd<Word> && reach_y_ > 0; }
+
   int64_t conv3_sum_size(int64_t columns) const {
-    return (2 * reach_z_ + 1) * (kIsWinograd<Word> ? 16 : 9) * weight_sum_size(p_.growth_rate, columns);
+    const int64_t slices = 2 * reach_z_ + 1;
+    return (by_winograd() ? places_of(slices) : 9 * slices) * weight_sum_size(p_.growth_rate, columns);
   }
 
   // dW2, [k, C, ((3,) 3,) 3], from those parts' sums.
   void finish_conv3(int64_t c, int64_t columns, float* out) {
-    const int64_t slices = 2 * reach_z_ + 1, taps = 3 * (2 * reach_y_ + 1), size = conv3_sum_size(columns) / slices;
-    for (int64_t slice = 0; slice < slices; ++slice)
-      finish_conv3(c, columns, slice * size, out + taps * slice, taps, taps * slices);
-  }
-
-  // Of one slice, whose sums begin at `start`, some taps; the next channel's are `step` floats further.
-  void finish_conv3(int64_t c, int64_t columns, int64_t start, float* out, int64_t taps, int64_t step) {
+    const int64_t slices = 2 * reach_z_ + 1, of_slice = 3 * (2 * reach_y_ + 1), taps = slices * of_slice;
     const int64_t size = weight_sum_size(p_.growth_rate, columns);
     team_.run(p_.growth_rate, [&](int64_t begin, int64_t end) {
-      float values[9][Isa::kLanes];
+      Vector values[27];
+      float tap_values[27][Isa::kLanes];
       for (int64_t n = begin; n < end; ++n)
         for (int64_t v = 0; v < c; v += Isa::kLanes) {
-          const auto sum = [&](int64_t i) { return weight_sums_.total(start + i * size + n * columns + v); };
-          if (kIsWinograd<Word> && reach_y_ > 0) {
-            Vector places[4][4], made[3][3];
-            for (int i = 0; i < 16; ++i) places[i / 4][i % 4] = sum(i);
-            transform_weight_gradient(places, made);
-            for (int tap = 0; tap < 9; ++tap) Isa::store(values[tap], made[tap / 3][tap % 3]);
-          } else {
-            for (int64_t tap = 0; tap < taps; ++tap) Isa::store(values[tap], sum((9 - taps) / 2 + tap));
-          }
+          const auto sum = [&](int64_t i) { return weight_sums_.total(i * size + n * columns + v); };
+          if (by_winograd())
+            taps_of_places(sum, slices, values);
+          else
+            for (int64_t tap = 0; tap < taps; ++tap)
+              values[tap] = sum(tap / of_slice * 9 + (9 - of_slice) / 2 + tap % of_slice);
+          for (int64_t tap = 0; tap < taps; ++tap) Isa::store(tap_values[tap], values[tap]);
           for (int64_t lane = 0; lane < std::min<int64_t>(Isa::kLanes, c - v); ++lane)
-            for (int64_t tap = 0; tap < taps; ++tap) out[(n * c + v + lane) * step + tap] = values[tap][lane];
+            for (int64_t tap = 0; tap < taps; ++tap) out[(n * c + v + lane) * taps + tap] = tap_values[tap][lane];
         }
     });
   }
@@ -507,6 +510,13 @@ class TrainingBlock {
   // The pixel, of all the batch's, at the left of a row of a window.
   int64_t pixel(const Place& place, int64_t slice, int64_t row) const {
     return (place.image * p_.depth + place.front + slice) * slice_ + (place.top + row) * p_.width;
+  }
+
+  // f(first, pixels) for a window's pixels, as far as each is the last one's neighbour in memory.
+  template <class F>
+  void each_run(const Place& place, const F& f) const {
+    if (place.rows == p_.height) return f(pixel(place, 0, 0), place.images * place.slices * slice_);
+    for (int64_t slice = 0; slice < place.slices; ++slice) f(pixel(place, slice, 0), place.rows * p_.width);
   }
 
   // Whether a window's row, or one beside it, is in the image.
@@ -547,7 +557,7 @@ class TrainingBlock {
     const int64_t right = window.padded_width() - 1 - window.width;
     Element* target = buffer;
     for (int64_t image = 0; image < window.images; ++image)
-      for (int64_t z = -reach_z_; z < window.depth + reach_z_; ++z)
+      for (int64_t z = -reach_z_; z < window.padded_depth() - reach_z_; ++z)
         for (int64_t row = -reach_y_; row < window.padded_height() - reach_y_; ++row) {
           if (!exists(place, z, row)) {
             clear(target, window.padded_width());
