@@ -40,8 +40,8 @@ def stem(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
     """
     found = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else _stem(parts, x)
     if found is None:
-        if x.dim() == 4 and _backend_of(parts[1:], x) is not None:
-            x = in_channels_last(x)  # smaller than what the convolution makes of it, and than that one's gradient
+        if _backend_of(parts[1:], x) is not None:
+            x = ops.before_stem(x)
         return stem_tail(parts[1:], parts[0](x))
     arguments, dtype, backend = found
     return ops.stem_inference(x, *arguments, dtype=dtype, backend=backend)

@@ -177,6 +177,15 @@ def head(x: Tensor, norm: Norm, *, backend: str) -> Tensor:
     return _call("head", x, *norm[:4], **_options(norm), backend=backend)
 
 
+def before_stem(x: Tensor) -> Tensor:
+    """x as PyTorch's convolution should have it, before an op that reads channels-last memory.
+
+    An image is smaller than what a stem makes of it, and than the gradient of that: of these nothing is copied then.
+    Of sequences and volumes PyTorch's convolutions are no quicker so.
+    """
+    return in_channels_last(x) if x.dim() == 4 else x
+
+
 def _call(name: str, x: Tensor, *others: Tensor | list[Tensor], **options: Any) -> Any:
     """The op; without autograd its implementation, where nobody could tell: the dispatcher takes longer than a head."""
     tensors = itertools.chain.from_iterable([other] if isinstance(other, Tensor) else other for other in others)
@@ -316,7 +325,7 @@ def _stem_inference(
     if hasattr(kernels, "stem_inference"):
         return kernels.stem_inference(x, Norm(*norm, **options), weight, stride, padding, dtype)
     one, zero = [1] * len(stride), [0] * len(stride)
-    y = torch.convolution(x.to(dtype), weight.to(dtype), None, stride, padding, one, False, zero, 1)
+    y = torch.convolution(before_stem(x).to(dtype), weight.to(dtype), None, stride, padding, one, False, zero, 1)
     return kernels.stem_tail(in_channels_last(y), Norm(*norm, **options))
 
 

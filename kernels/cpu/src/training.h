@@ -512,7 +512,7 @@ class TrainingBlock {
     return (place.image * p_.depth + place.front + slice) * slice_ + (place.top + row) * p_.width;
   }
 
-  // f(first, pixels) for a window's pixels, as far as each is the last one's neighbour in memory.
+  // f(first, pixels) for a window's pixels, as far as each is the last one's neighbour in memory: in two parts at most.
   template <class F>
   void each_run(const Place& place, const F& f) const {
     if (place.rows == p_.height) return f(pixel(place, 0, 0), place.images * place.slices * slice_);
