@@ -38,17 +38,17 @@ struct Window {
   }
   // Winograd's tiles lie in bands, two rows of pixels high and, of volumes, two slices deep.
   struct Band {
-    int64_t slice, y;     // of the first of its rows
+    int64_t slice, y;      // of the first of its rows
     int64_t slices, rows;  // of them that exist
   };
   int64_t tiles_across() const { return ceil_div(width, 2); }
-  int64_t band_depth() const { return int64_t{1} << reach_z; }
+  int64_t band_depth() const { return reach_z > 0 ? 2 : 1; }
   int64_t bands_of_slice() const { return ceil_div(height, 2); }
-  int64_t bands_of_image() const { return ((depth + reach_z) >> reach_z) * bands_of_slice(); }
+  int64_t bands_of_image() const { return ceil_div(depth, band_depth()) * bands_of_slice(); }
   int64_t bands() const { return images * bands_of_image(); }
   Band band(int64_t i) const {
     const int64_t of_image = bands_of_image(), in_image = i % of_image;
-    const int64_t z = in_image / bands_of_slice() << reach_z, y = in_image % bands_of_slice() * 2;
+    const int64_t z = in_image / bands_of_slice() * band_depth(), y = in_image % bands_of_slice() * 2;
     return {i / of_image * depth + z, y, std::min(band_depth(), depth - z), std::min<int64_t>(2, height - y)};
   }
 };

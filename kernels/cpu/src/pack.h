@@ -82,7 +82,10 @@ class Packer {
       using Source = std::remove_pointer_t<decltype(type)>;
       for (int64_t panel = first; panel < last; ++panel) {
         if constexpr (e == 2)
-          if (pack_dense<Source>(panel, packed)) continue;
+          if (w_.stride_in == 1) {
+            pack_pairs<Source>(panel, packed);
+            continue;
+          }
         const int64_t begin = cut_.begin(panel), width = cut_.width(panel);
         for (int64_t o = begin; o < begin + width; o += Isa::kLanes)
           for (int64_t i = 0; i < in_; i += Isa::kLanes) {
@@ -173,32 +176,20 @@ class Packer {
     }
   }
 
-  // A panel of pairs whose inputs or outputs are neighbours in memory, many at once. Whether they are.
+  // A panel whose inputs are neighbours in memory: rounded to pairs before they are transposed, half as many words.
   template <class Source, class I = Isa>
-  bool pack_dense(int64_t panel, BFloat16* packed) const {
-    if (w_.stride_in != 1 && w_.stride_out != 1) return false;
+  void pack_pairs(int64_t panel, BFloat16* packed) const {
     const int64_t begin = cut_.begin(panel), width = cut_.width(panel), count = std::min(width, w_.out - begin);
     for (int64_t t = 0; t < count_; ++t) {
       const auto* const source = static_cast<const Source*>(w_.data) + begin * w_.stride_out + offset_of(t);
       BFloat16* const target = packed + place_of(panel, t);
-      if (w_.stride_in == 1) {
-        for (int64_t i = 0; i < in_; i += 2 * I::kLanes)
-          for (int64_t o = 0; o < width; o += I::kLanes)
-            I::store_transposed(target + (i / 2 * width + o) * 2, 2 * width, (in_ - i) / 2, [&](int64_t row, int64_t c) {
-              const int64_t exist = o + row < count ? std::max<int64_t>(0, w_.in - i - c) : 0;
-              return exist > 0 ? load_up_to(source + (o + row) * w_.stride_out + i + c, exist) : Isa::zero();
-            });
-        continue;
-      }
-      for (int64_t i = 0; i < in_; i += 2)
-        for (int64_t o = 0; o < width; o += I::kLanes) {
-          const auto row = [&](int64_t in) {
-            return in < w_.in ? load_up_to(source + in * w_.stride_in + o, count - o) : Isa::zero();
-          };
-          I::store_pairs(target + (i / 2 * width + o) * 2, row(i), row(i + 1));
-        }
+      for (int64_t i = 0; i < in_; i += 2 * I::kLanes)
+        for (int64_t o = 0; o < width; o += I::kLanes)
+          I::store_transposed(target + (i / 2 * width + o) * 2, 2 * width, (in_ - i) / 2, [&](int64_t row, int64_t c) {
+            const int64_t exist = o + row < count ? std::max<int64_t>(0, w_.in - i - c) : 0;
+            return exist > 0 ? load_up_to(source + (o + row) * w_.stride_out + i + c, exist) : Isa::zero();
+          });
     }
-    return true;
   }
 
   // Of the taps of `count` inputs, Winograd's places, rows `width` apart.
