@@ -21,7 +21,7 @@ from .fallback import autocast_dtype, is_transformed
 from .frozen import Frozen
 from .modules import Fused
 from .ready import Kept, Ready
-from .served import BatchNorm, carries_relu, global_hooks, hooked
+from .served import CONVS, BatchNorm, carries_relu, global_hooks, hooked
 
 
 class Step(NamedTuple):
@@ -63,7 +63,7 @@ def steps(features: nn.Module, whole_stem: bool = True) -> list[Step]:
     stages, found = list(features.named_children()), []
     while stages:
         size = _stem_tail_size(stages) or 1
-        if whole_stem and type(stages[0][1]) in (nn.Conv1d, nn.Conv2d):
+        if whole_stem and type(stages[0][1]) in CONVS:
             size += _stem_tail_size(stages[1:])
         is_head = size == len(stages) == 1 and isinstance(stages[0][1], BatchNorm)
         names, modules = zip(*stages[:size], strict=True)

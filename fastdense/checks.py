@@ -59,7 +59,7 @@ def check_transition(x: Tensor, norm: Norm, conv_weight: Tensor) -> None:
 
 def check_stem(x: Tensor, norm: Norm, conv_weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> None:
     op = "stem_inference"
-    require(x.dim() in (3, 4), f"{op}: x must be [N, C, H, W] or [N, C, L], got shape %s", x.shape)
+    check_spatial(op, x)
     require(
         conv_weight.dim() == x.dim() and conv_weight.shape[1] == x.shape[1],
         f"{op}: conv_weight must be [C', {x.shape[1]}, *kernel] for x %s, got shape %s",

@@ -155,7 +155,7 @@ def stem_inference(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    """conv-norm-ReLU-maxpool3x3/2 of sequences or images with running statistics, without autograd.
+    """conv-norm-ReLU-maxpool3x3/2 with running statistics, without autograd.
 
     [N, C, *spatial], [C', C, *kernel] -> [N, C', *ceil(size' / 2)] of ``dtype``, dense channels-last, where the
     convolution makes sizes'.
@@ -181,9 +181,13 @@ def before_stem(x: Tensor) -> Tensor:
     """x as PyTorch's convolution should have it, before an op that reads channels-last memory.
 
     An image is smaller than what a stem makes of it, and than the gradient of that: of these nothing is copied then.
-    Of sequences and volumes PyTorch's convolutions are no quicker so.
+    Of sequences PyTorch's convolutions are no quicker so.
     """
-    return in_channels_last(x) if x.dim() == 4 else x
+    if x.dim() == 3:
+        return x
+    x = in_channels_last(x)
+    # A single channel's stride may be anything; PyTorch sees channels-last memory where it is 1.
+    return x if x.shape[1] > 1 else x.squeeze(1).unsqueeze(-1).movedim(-1, 1)
 
 
 def _call(name: str, x: Tensor, *others: Tensor | list[Tensor], **options: Any) -> Any:

@@ -55,7 +55,7 @@ def obstacle_in(module: nn.Module, layout: BlockLayout | TransitionLayout) -> st
         reason = _unlike_stock(child)
         if reason is None and carries_relu(child) != layout.norms_activate and isinstance(child, BatchNorm):
             reason = "it has no ReLU" if layout.norms_activate else "it has a ReLU of its own"
-        if reason is None and type(child) in _CONVS and parameter(child, "bias") is not None and name != served:
+        if reason is None and type(child) in CONVS and parameter(child, "bias") is not None and name != served:
             reason = "it has a bias"
         if reason:
             return f"{name}: {reason}"
@@ -78,7 +78,7 @@ def _unlike_stock(module: nn.Module) -> str | None:
     for attribute, expected in _STOCK[kind].items():
         if state[attribute] not in expected:
             return f"its {attribute} is {state[attribute]}"
-    if kind in _CONVS and state["padding"][0] != state["kernel_size"][0] // 2:
+    if kind in CONVS and state["padding"][0] != state["kernel_size"][0] // 2:
         return f"its padding is {state['padding']}"
     if kind in _NORM_ACTS:
         act, drop = state["_modules"].get("act"), state["_modules"].get("drop")
@@ -90,7 +90,7 @@ def _unlike_stock(module: nn.Module) -> str | None:
 
 def unusual_stem(conv: nn.Module) -> str | None:
     """Why the ops would not reproduce the first convolution of a network, of any kernel, or ``None``."""
-    if type(conv) not in (nn.Conv1d, nn.Conv2d):
+    if type(conv) not in CONVS:
         return f"it is a {type(conv).__name__}"
     state = conv.__dict__
     if state["groups"] != 1 or set(state["dilation"]) != {1} or isinstance(state["padding"], str):
@@ -100,12 +100,12 @@ def unusual_stem(conv: nn.Module) -> str | None:
     return "it has a bias" if parameter(conv, "bias") is not None else hooked(conv)
 
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = ((nn.AvgPool1d, nn.MaxPool1d), (nn.AvgPool2d, nn.MaxPool2d), (nn.AvgPool3d, nn.MaxPool3d))
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 DIMS: dict[type[nn.Module], int] = {
     kind: dims
-    for dims, kinds in enumerate(zip(_CONVS, _NORMS, *zip(*_POOLS, strict=True), strict=True), start=3)
+    for dims, kinds in enumerate(zip(CONVS, _NORMS, *zip(*_POOLS, strict=True), strict=True), start=3)
     for kind in kinds
 }
 """Dimensions of what goes through a module; those that are not here, such as SyncBatchNorm, take any."""
@@ -132,7 +132,7 @@ def _stock(dims: int) -> dict[type[nn.Module], dict[str, tuple[Any, ...]]]:
     maximum = dict(
         kernel_size=three, stride=two, padding=one, dilation=one, ceil_mode=(False,), return_indices=(False,)
     )
-    return {_CONVS[dims - 1]: conv, avg_pool: average, max_pool: maximum}
+    return {CONVS[dims - 1]: conv, avg_pool: average, max_pool: maximum}
 
 
 _STOCK: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {

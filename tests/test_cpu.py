@@ -241,6 +241,9 @@ STEMS = {  # the convolution; the images
     "3x5, no padding": (dict(out_channels=33, kernel_size=(3, 5), stride=(1, 3), padding=(1, 0)), (2, 5, 9, 17)),
     "1x1, apart": (dict(out_channels=8, kernel_size=1, stride=(3, 2)), (2, 2, 7, 8)),
     "sequences": (dict(out_channels=40, kernel_size=7, stride=2, padding=3), (2, 3, 301)),
+    "volumes": (dict(out_channels=64, kernel_size=7, stride=2, padding=3), (2, 1, 22, 19, 24)),
+    "volumes, 1x3x5": (dict(out_channels=13, kernel_size=(1, 3, 5), stride=(1, 2, 1), padding=1), (3, 4, 6, 9, 8)),
+    "volumes, flat": (dict(out_channels=24, kernel_size=3, stride=(2, 1, 1), padding=1), (1, 2, 2, 7, 60)),
 }
 
 
@@ -259,18 +262,20 @@ def test_stem(kernels, geometry, precision, twins, randn, assert_parity):
     pair = features_of(twins("net", 4, (), channels, spatial_dims=dims))
     for features in pair:
         torch.manual_seed(0)
-        features.conv0 = (nn.Conv2d if dims == 2 else nn.Conv1d)(shape[1], bias=False, **arguments)
+        features.conv0 = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](shape[1], bias=False, **arguments)
     assert_parity(*pair, [randn(*shape, seed=seed) for seed in range(3)], **PRECISIONS[precision], backward=False)
 
 
+@pytest.mark.parametrize("spatial", [(34, 35), (13, 14, 15)], ids=["images", "volumes"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @torch.inference_mode()
-def test_stem_of_any_layout(compiled, precision, twins, randn, op_calls):
+def test_stem_of_any_layout(compiled, precision, spatial, twins, randn, op_calls):
     """Weights and images, planar or by pixels, of another image's memory or not."""
     dtype, autocast = PRECISIONS[precision]["dtype"], PRECISIONS[precision].get("autocast", False)
-    net = twins("net", 4, (), 20)[0].eval()
-    net, x = (net, randn(3, 3, 34, 35)) if autocast else (net.to(dtype), randn(3, 3, 34, 35, dtype=dtype))
-    by_pixels, strided = x.to(memory_format=torch.channels_last), x.mT.contiguous().mT
+    net = twins("net", 4, (), 20, spatial_dims=len(spatial))[0].eval()
+    net, x = (net, randn(3, 3, *spatial)) if autocast else (net.to(dtype), randn(3, 3, *spatial, dtype=dtype))
+    channels_last = torch.channels_last if len(spatial) == 2 else torch.channels_last_3d
+    by_pixels, strided = x.to(memory_format=channels_last), x.mT.contiguous().mT
     with torch.autocast("cpu", dtype, enabled=autocast):
         with op_calls() as calls:
             expected = net(x)
@@ -278,17 +283,18 @@ def test_stem_of_any_layout(compiled, precision, twins, randn, op_calls):
         for _ in range(2):
             for same in (x, by_pixels, strided, torch.cat([x, x])[3:]):
                 assert torch.equal(net(same), expected)
-            net.to(memory_format=torch.channels_last)
+            net.to(memory_format=channels_last)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spatial", [(40, 50), (24, 26, 28)], ids=["images", "volumes"])
 @torch.inference_mode()
-def test_stem_of_what_is_not_finite(compiled, value, dtype, twins, randn):
+def test_stem_of_what_is_not_finite(compiled, value, dtype, spatial, twins, randn):
     """It reaches the pixels whose windows it is in, and no neighbour."""
-    fast, stock = (features.to(dtype) for features in features_of(twins("net", 4, (), 20)))
-    x = randn(2, 3, 40, 50, dtype=dtype)
-    x[1, 0, 21, 24] = value
+    fast, stock = (features.to(dtype) for features in features_of(twins("net", 4, (), 20, spatial_dims=len(spatial))))
+    x = randn(2, 3, *spatial, dtype=dtype)
+    x[(1, 0, *(size // 2 for size in spatial))] = value
     found, expected = fast(x), stock(x)
     for same in (torch.isnan, torch.isposinf):
         assert torch.equal(same(found), same(expected))
@@ -661,13 +667,12 @@ for isa, found in library.offered(Path(sys.argv[1])).items():
             if min(shape[2:]) > 4:
                 others += [fastdense.FastDenseNet(4, (1, 2), c, 2, num_classes=1, **dims)]
                 others[-1].features.conv0 = torch.nn.Identity()
-            if len(shape) < 5:
-                stem = fastdense.FastDenseNet(4, (1,), 9, 2, num_classes=1, in_channels=c, **dims).to(dtype).eval()
-                x = torch.randn(shape).to(dtype)
-                with fastdense.use_backend("cpu"), torch.autocast("cpu", autocast, enabled=autocast is not None):
-                    with torch.inference_mode():
-                        for layout in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
-                            assert stem(layout).isfinite().all()
+            stem = fastdense.FastDenseNet(4, (1,), 9, 2, num_classes=1, in_channels=c, **dims).to(dtype).eval()
+            x = torch.randn(shape).to(dtype)
+            with fastdense.use_backend("cpu"), torch.autocast("cpu", autocast, enabled=autocast is not None):
+                with torch.inference_mode():
+                    for layout in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
+                        assert stem(layout).isfinite().all()
             for module in (*blocks, tails, *others):
                 x = torch.randn(shape).to(dtype)
                 with fastdense.use_backend("cpu"), torch.autocast("cpu", autocast, enabled=autocast is not None):

@@ -42,8 +42,10 @@ def test_every_stage_of_a_training_step_is_an_op(nets, x, op_calls):
     assert names(calls) == ["channel_stats", *forward, *(f"{op}_backward" for op in reversed(forward))]
 
 
-def test_what_a_stems_convolution_makes_is_read_where_it_is(nets, x, op_calls):
-    fast, _ = nets
+@pytest.mark.parametrize("spatial", [(32, 32), (16, 16, 16)], ids=["images", "volumes"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_a_stems_convolution_makes_is_read_where_it_is(channels, spatial, randn, op_calls):
+    fast, x = FastDenseNet(*ARGUMENTS, in_channels=channels, spatial_dims=len(spatial)), randn(2, channels, *spatial)
     made = []
     fast.features.conv0.register_forward_hook(lambda module, args, out: made.append(out.data_ptr()))
     with op_calls() as calls:

@@ -37,7 +37,7 @@ def extents(x: Tensor) -> dict[str, int]:
 
 def spatial(sizes: Sequence[int]) -> dict[str, int]:
     """The same of an image."""
-    return dict(zip(("depth", "height", "width"), _in_three_dimensions(sizes), strict=True))
+    return dict(zip(("depth", "height", "width"), in_three_dimensions(sizes), strict=True))
 
 
 def run_on(library: Library, name: str, args: Structure, x: Tensor, out: Tensor, planar: bool = False) -> None:
@@ -56,12 +56,13 @@ def run_on(library: Library, name: str, args: Structure, x: Tensor, out: Tensor,
 
 def taps(weight: Tensor) -> tuple[int, int, int]:
     """Of [K, C, *kernel]: how many in depth, height and width."""
-    depth, height, width = _in_three_dimensions(weight.shape[2:])
+    depth, height, width = in_three_dimensions(weight.shape[2:])
     return depth, height, width
 
 
-def _in_three_dimensions(sizes: Sequence[int]) -> list[int]:
-    return [1] * (3 - len(sizes)) + list(sizes)
+def in_three_dimensions(values: Sequence[int], flat: int = 1) -> list[int]:
+    """Of depth, height and width, where there may be only the last of them: ``flat`` for the others."""
+    return [flat] * (3 - len(values)) + list(values)
 
 
 def pointers(tensors: Sequence[Tensor]) -> Array[c_void_p] | None:
@@ -131,7 +132,7 @@ class Weights:
             arg.out, arg.in_, *_ = w.shape
             arg.depth, arg.height, arg.width = taps(w)
             arg.stride_out, arg.stride_in, *strides = w.stride()
-            arg.stride_d, arg.stride_h, arg.stride_w = _in_three_dimensions(strides)
+            arg.stride_d, arg.stride_h, arg.stride_w = in_three_dimensions(strides)
 
 
 class Shares:

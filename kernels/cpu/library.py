@@ -104,7 +104,7 @@ class StemArgs(Structure):
 
     _fields_ = _fields(
         (c_int64, "images depth height width channels out_channels"),
-        (c_int64, "kernel_h kernel_w stride_h stride_w padding_h padding_w"),
+        (c_int64, "kernel_d kernel_h kernel_w stride_d stride_h stride_w padding_d padding_h padding_w"),
         (c_void_p, "x out"),
         (NormArgs, "norm"),
         (c_void_p, "conv"),

@@ -13,6 +13,7 @@ from ctypes import Structure
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..contract import empty_channels_last
@@ -36,7 +37,7 @@ def packed(
 ) -> tuple[list[Tensor], list[int]]:
     """Each weight as the kernels read it, packed now only where it has changed; and their fingerprints.
 
-    ``as_matrix``: a weight's taps and inputs as one, [K, taps * C].
+    ``as_matrix``: a weight's taps and inputs as one, in the order in which a stem meets them.
     """
     known = _packed.setdefault((library.isa, dtype, as_matrix), {})
     dense = [_dense(w) for w in weights]
@@ -49,12 +50,18 @@ def packed(
         if entry is None or entry.weight() is not weight or entry.state != state
     ]
     if stale:
-        sources = Weights([dense[i].movedim(1, -1).flatten(1) if as_matrix else dense[i] for i in stale])
+        sources = Weights([_as_matrix(dense[i], dtype) if as_matrix else dense[i] for i in stale])
         for i, memory in zip(stale, library.pack(sources.array, dtype), strict=True):
             weight = weights[i]
             reference = weakref.ref(weight, functools.partial(_forget, known, id(weight)))
             entries[i] = known[id(weight)] = _Packed(reference, states[i], memory)
     return [entry.memory for entry in entries if entry is not None], fingerprints
+
+
+def _as_matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[K, C, *kernel] -> [K, taps * C], row by row of taps; of even size in bfloat16, which is multiplied in pairs."""
+    rows = weight.movedim(1, -1).flatten(-2)
+    return F.pad(rows, (0, rows.shape[-1] % 2 if dtype == torch.bfloat16 else 0)).flatten(1)
 
 
 def _forget(known: dict[int, _Packed], key: int, reference: weakref.ref[Tensor]) -> None:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ..contract import Norm, conv_sizes
-from .arguments import Norms, pixels
+from .arguments import Norms, in_three_dimensions, pixels
 from .library import DTYPES, StemArgs
 from .packing import Prepared
 
 
 class PreparedStem(Prepared):
-    """A stem at given statistics, ready to be called with images or sequences of ``x_dtype``."""
+    """A stem at given statistics, ready to be called with tensors of ``x_dtype``."""
 
     kernel = "stem"
 
@@ -31,18 +31,16 @@ class PreparedStem(Prepared):
         super().__init__(Norms.of([norm]), [weight], dtype, changeable, as_matrix=True)
         self.in_dtype, self.out_dtype = x_dtype, dtype
         self._window = weight.shape[2:], stride, padding
-        (kernel_h, kernel_w), (stride_h, stride_w), (padding_h, padding_w) = (
-            [*one_row, *sizes][-2:] for one_row, sizes in zip(([1], [1], [0]), self._window, strict=True)
-        )
+        names = "kernel", "stride", "padding"
+        windows = {
+            f"{name}_{axis}": size
+            for name, flat, sizes in zip(names, (1, 1, 0), self._window, strict=True)
+            for axis, size in zip("dhw", in_three_dimensions(sizes, flat), strict=True)
+        }
         self.args = StemArgs(
             channels=weight.shape[1],
             out_channels=weight.shape[0],
-            kernel_h=kernel_h,
-            kernel_w=kernel_w,
-            stride_h=stride_h,
-            stride_w=stride_w,
-            padding_h=padding_h,
-            padding_w=padding_w,
+            **windows,
             norm=self.norms.array[0],
             conv=self.packed[0].data_ptr(),
             store=DTYPES[x_dtype],

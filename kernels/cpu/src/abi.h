@@ -69,14 +69,14 @@ struct PoolArgs {
   int32_t store, norm_dtype, threads;
 };
 
-// A stem of images or sequences at given statistics: its convolution, norm, ReLU and pool.
+// A stem at given statistics: its convolution, norm, ReLU and pool.
 struct StemArgs {
-  int64_t images, depth, height, width, channels, out_channels;  // depth 1
-  int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;
+  int64_t images, depth, height, width, channels, out_channels;
+  int64_t kernel_d, kernel_h, kernel_w, stride_d, stride_h, stride_w, padding_d, padding_h, padding_w;
   const void* x;       // [M, C], of `store`; planar [N, C, pixels of an image]
   void* out;           // [pooled pixels, C'], of `compute`
   Norm norm;
-  const void* conv;    // packed, [kernel_h * kernel_w * C, C']
+  const void* conv;    // packed, [kernel_d * kernel_h * kernel_w * C, C'], each kernel_w * C of bfloat16 padded to even
   int32_t planar, store, compute, norm_dtype, threads;
 };
 

@@ -47,8 +47,8 @@ struct Isa : Avx512BFloat16 {
 // 16 or 32 rows by 16 or 32 columns, over all of k: tiles 0-3 hold C, 4 and 5 A, 6 and 7 B. Every tile of A meets
 // both of B: four multiplies for four loads. The last rows of A may be anything; so are those of C, then.
 template <bool kTwoRows, bool kTwoColumns>
-void amx_tile(const BFloat16Word* a, int64_t lda, const Taps& taps, const BFloat16Word* b, int64_t b_run, int64_t k,
-              float* c, int64_t ldc, bool accumulate, Ahead* ahead) {
+void amx_tile(const BFloat16Word* a, int64_t lda, const Taps& taps, const BFloat16Word* b, int64_t k, float* c,
+              int64_t ldc, bool accumulate, Ahead* ahead) {
   constexpr int64_t kDepth = 16;  // words of k that a tile holds
   constexpr int64_t width = kTwoColumns ? 32 : 16;
   const int64_t a_bytes = lda * 4, c_bytes = ldc * 4, b_bytes = width * 4;
@@ -66,15 +66,14 @@ void amx_tile(const BFloat16Word* a, int64_t lda, const Taps& taps, const BFloat
   }
   for (int64_t run = 0; run < taps.runs; ++run) {
     const BFloat16Word* at = a + taps.starts[run];
-    const BFloat16Word* next = b + run * b_run;
     for (int64_t tap = 0; tap < taps.count; ++tap, at += taps.step)
-      for (int64_t i = 0; i < k; i += kDepth, next += kDepth * width) {
+      for (int64_t i = 0; i < k; i += kDepth, b += kDepth * width) {
         for (int64_t n = 0; ahead != nullptr && n < 2 * kDepth; ++n) ahead->ask();
-        _tile_loadd(6, next, b_bytes);
+        _tile_loadd(6, b, b_bytes);
         _tile_loadd(4, at + i, a_bytes);
         _tile_dpbf16ps(0, 4, 6);
         if (kTwoColumns) {
-          _tile_loadd(7, next + 16, b_bytes);
+          _tile_loadd(7, b + 16, b_bytes);
           _tile_dpbf16ps(1, 4, 7);
         }
         if (kTwoRows) {

@@ -5,7 +5,7 @@
 // Scratch of one thread.
 struct Scratch {
   Buffer u;         // padded pixels, the input of 3x3 convolutions
-  Buffer dy;        // of a backward: padded pixels of the output's gradient
+  Buffer dy;        // of a backward: padded pixels of the output's gradient; of a stem: a row of x
   Buffer z;         // prologue's output, or the input of Winograd's multiplies
   Buffer product;   // what the multiplies make
   Buffer row;       // rows of pixels of a 3x3's output

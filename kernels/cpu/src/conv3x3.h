@@ -73,7 +73,7 @@ void convolve_directly(const Window<Word>& window, const typename Word::Element*
     count = std::min({together, last - row, window.height - top});
     const auto* const pixels = reinterpret_cast<const Word*>(u) + window.pixel(slice, top, -1) * pixel;
     gemm<Word>({pixels, pixel, (count - 1) * width + window.width, {3, pixel, runs, starts}},
-               {w, 3 * k, columns, 0, k}, y, false, ahead);
+               {w, 3 * runs * k, columns, 0, k}, y, false, ahead);
     for (int64_t i = 0; i < count; ++i) sink(slice, top + i, y + i * width * columns);
   }
 }

@@ -2,7 +2,7 @@
 //
 //   A   rows of words `lda` apart: pixels, wherever they lie, or with Taps the neighbours of each too. Or, for a
 //       weight's gradient, columns of words `lda` apart: then k runs over pixels
-//   B   packed: panels of output channels, each [taps * k, channels] words; the next run's are `b_run` words further
+//   B   packed: panels of output channels, each [k, channels] words, or as many for every tap
 //   C   floats in rows `ldc` apart
 //
 // A tile of kRows rows by a panel's two vectors stays in registers over all of k, or one of fewer rows by three, or of
@@ -29,8 +29,7 @@ struct PanelCut {
   int64_t of(int64_t column) const { return std::min(column / Isa::kPanel, count() - 1); }
 };
 
-// The parts, of k words each, that a row of A is made of: in each of some runs, `count` of them `step` words apart. For
-// every run B has a matrix of its own.
+// The parts, of k words each, that a row of A is made of: in each of some runs, `count` of them `step` words apart.
 struct Taps {
   static constexpr int64_t kNone[1] = {0};
   int64_t count = 1, step = 0, runs = 1;
@@ -38,8 +37,8 @@ struct Taps {
 };
 
 template <Layout kLayout, bool kAsks, class Word, int kTileRows, int kVectors>
-void gemm_tile(const Word* a, int64_t lda, const Taps& taps, const Word* b, int64_t b_run, int64_t k, float* c,
-               int64_t ldc, bool accumulate, [[maybe_unused]] Ahead* ahead) {
+void gemm_tile(const Word* a, int64_t lda, const Taps& taps, const Word* b, int64_t k, float* c, int64_t ldc,
+               bool accumulate, [[maybe_unused]] Ahead* ahead) {
   constexpr int kGroup = kLayout == kByRows ? 3 : kTileRows;  // rows reached from one pointer
   constexpr int kPointers = (kTileRows + kGroup - 1) / kGroup;
   const int64_t row_step = kLayout == kByRows ? lda : 1, k_step = kLayout == kByRows ? 1 : lda;
@@ -52,15 +51,14 @@ void gemm_tile(const Word* a, int64_t lda, const Taps& taps, const Word* b, int6
     for (int v = 0; v < kVectors; ++v) acc[r][v] = Isa::zero();
   for (int64_t run = 0; run < taps.runs; ++run) {
     const Word* at = a + taps.starts[run];
-    const Word* next = b + run * b_run;
     for (int64_t tap = 0; tap < taps.count; ++tap, at += taps.step) {
       const Word* rows[kPointers];
       for (int i = 0; i < kPointers; ++i) rows[i] = at + i * kGroup * row_step;
-      for (int64_t i = 0; i < k; ++i, next += kVectors * Isa::kLanes) {
+      for (int64_t i = 0; i < k; ++i, b += kVectors * Isa::kLanes) {
         if constexpr (kAsks) lines.ask(*ahead);
-        decltype(Isa::load_words(next)) bv[kVectors];
+        decltype(Isa::load_words(b)) bv[kVectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) bv[v] = Isa::load_words(next + v * Isa::kLanes);
+        for (int v = 0; v < kVectors; ++v) bv[v] = Isa::load_words(b + v * Isa::kLanes);
 #pragma GCC unroll 32
         for (int r = 0; r < kTileRows; ++r) {
           const auto av = Isa::broadcast_word(rows[r / kGroup] + (r % kGroup) * row_step);
@@ -84,8 +82,7 @@ void gemm_tile(const Word* a, int64_t lda, const Taps& taps, const Word* b, int6
 }
 
 template <class Word>
-using GemmTile = void (*)(const Word*, int64_t, const Taps&, const Word*, int64_t, int64_t, float*, int64_t, bool,
-                          Ahead*);
+using GemmTile = void (*)(const Word*, int64_t, const Taps&, const Word*, int64_t, float*, int64_t, bool, Ahead*);
 
 template <Layout kLayout, bool kAsks, class Word, int kVectors, int... kMinusOne>
 constexpr std::array<GemmTile<Word>, sizeof...(kMinusOne)> gemm_tiles(std::integer_sequence<int, kMinusOne...>) {
@@ -141,7 +138,7 @@ struct Columns {
   int64_t stride, count;
 };
 
-// Of B, the part that A meets: k words deep (per tap), from depth `start` of the panels' `depth` (per run).
+// Of B, the part that A meets: k words deep (per tap), from depth `start` of the panels' `depth`.
 template <class Word>
 struct Panels {
   const Word* data;
@@ -157,8 +154,8 @@ void gemm(const Rows<Word>& a, const Panels<Word>& b, float* c, bool accumulate,
     const Word* const panel = b.data + column * b.depth + b.start * width;
     const auto tiles = GemmTiles<Word>::template of<kByRows>(width / Isa::kLanes, ahead != nullptr);
     tiles.cover(a.count, [&](int64_t row, GemmTile<Word> tile) {
-      tile(a.data + row * a.stride, a.stride, a.taps, panel, b.depth * b.columns, b.k, c + row * b.columns + column,
-           b.columns, accumulate, ahead);
+      tile(a.data + row * a.stride, a.stride, a.taps, panel, b.k, c + row * b.columns + column, b.columns, accumulate,
+           ahead);
     });
   }
 }
@@ -172,7 +169,7 @@ void add_gemm(const Columns<Word>& a, const Panels<Word>& b, float* c, Ahead* ah
     const Word* const panel = b.data + column * b.depth + b.start * width;
     const auto tiles = GemmTiles<Word>::template of<kByColumns>(width / Isa::kLanes, ahead != nullptr);
     tiles.cover(a.count, [&](int64_t row, GemmTile<Word> tile) {
-      tile(a.data + row, a.stride, {}, panel, 0, b.k, c + row * b.columns + column, b.columns, true, ahead);
+      tile(a.data + row, a.stride, {}, panel, b.k, c + row * b.columns + column, b.columns, true, ahead);
     });
   }
 }

@@ -1,7 +1,7 @@
 // Weights as the multiply reads them: once packed, used until the weight changes.
 //
 //   1x1               one matrix [in, out]
-//   3, 3x3, 3x3x3     one matrix [3 * in, out] for each row of taps, slice by slice
+//   3, 3x3, 3x3x3     one matrix [taps * in, out]
 //   3x3s in floats    then F(2x2, 3x3) of Winograd, U = G w G^T, of 3x3x3s in depth too: one matrix [in, out] for each
 //                     of 16 places, or of 64, slice by slice
 //
@@ -115,8 +115,7 @@ class Packer {
 
   // Where the words of a panel and a tap begin, in elements.
   int64_t place_of(int64_t panel, int64_t tap) const {
-    const int64_t begin = cut_.begin(panel), depth = w_.width * in_;
-    return tap / w_.width * depth * columns_ + begin * depth + tap % w_.width * in_ * cut_.width(panel);
+    return (cut_.begin(panel) * count_ + tap * cut_.width(panel)) * in_;
   }
 
   // Of the first tap, in elements.
