@@ -143,8 +143,6 @@ class FusedBlock(Fused):
         needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         first = 0  # channel of the features in the buffer
         channels = x.shape[1]
-        if self._layout.new_first:
-            x, layers, biases = x.flip(1), _backwards(layers), [bias.flip(0) for bias in biases]
         stats = None
         if not needs_grad and not uses_batch and not layers.growth_mask:
             out = _inference(x, layers, biases, dtype, backend)
@@ -155,14 +153,10 @@ class FusedBlock(Fused):
             keep = needs_grad and not modules[0].recomputes
             result = ops.dense_block(x, layers, dtype=dtype, save_bottleneck=keep, backend=backend)
             out, shared = result.out, ChannelStats(result.mean[first:], result.var[first:])
-            if self._layout.new_first:
-                shared = ChannelStats(shared.mean.flip(0), shared.var.flip(0))
             if uses_batch:
                 self._update(modules, shared, ChannelStats(result.bottleneck_mean, result.bottleneck_var), count)
             if any(layers.norm1_batch_stats):
                 stats = BatchStats(shared.mean, shared.var, count, layers.group)
-        if self._layout.new_first:
-            out = out.flip(1)
         if first or self._layout.only_new:
             out, stats = self._returned(out, stats, first, channels)
         return out, stats
@@ -201,7 +195,7 @@ class FusedBlock(Fused):
 
     def inference_arguments(self) -> tuple[DenseLayers] | None:
         modules = self.read()
-        if isinstance(modules, str) or self._layout.new_first or self._layout.only_new:
+        if isinstance(modules, str) or self._layout.only_new:
             return None
         layers = self._gather(modules, parameter(modules[0].conv1, "weight"), False)
         uses_batch = any(layers.norm1_batch_stats) or any(layers.norm2_batch_stats)
@@ -245,6 +239,7 @@ class FusedBlock(Fused):
             [norm.eps for norm in norms2],
             first.drop_rate,
             next((group_of(norm) for norm in itertools.compress(norms1 + norms2, batch1 + batch2)), ""),
+            self._layout.new_first,
         )
 
     def _update(self, layers: list[Layer], shared: ChannelStats, bottleneck: ChannelStats, count: int | Tensor) -> None:
@@ -273,7 +268,7 @@ class FusedBlock(Fused):
                 part = slice(start - first, end - first)
                 stats = stats._replace(mean=stats.mean[part], var=stats.var[part])
         if (start, end) != (0, out.shape[1]):
-            out = out[:, start:end].clone()
+            out = _with_channels(out, -start, end - out.shape[1])
         return out, stats
 
     def read(self) -> list[Layer] | str:
@@ -318,24 +313,6 @@ def _child(module: nn.Module, name: str) -> nn.Module:
     return cast(nn.Module, module._modules[name]) if name else module
 
 
-def _backwards(layers: DenseLayers) -> DenseLayers:
-    """Of a block that puts new features first: read from its last channel on, it puts them last."""
-
-    def flipped(tensors: list[Tensor], dim: int) -> list[Tensor]:
-        return [tensor.flip(dim) for tensor in tensors]
-
-    turned = layers._replace(
-        norm1_weight=flipped(layers.norm1_weight, 0),
-        norm1_bias=flipped(layers.norm1_bias, 0),
-        norm1_running_mean=flipped(layers.norm1_running_mean, 0),
-        norm1_running_var=flipped(layers.norm1_running_var, 0),
-        conv1_weight=flipped(layers.conv1_weight, 1),
-        growth_mask=flipped(layers.growth_mask, 1),
-    )
-    field = "conv2_weight" if layers.has_bottleneck else "conv1_weight"
-    return turned._replace(**{field: flipped(getattr(turned, field), 0)})
-
-
 def _inference(x: Tensor, layers: DenseLayers, biases: list[Tensor], dtype: torch.dtype, backend: str) -> Tensor:
     """The features at running statistics. With biases: made without them, of which the norms know, then shifted."""
     if not biases:
@@ -356,14 +333,20 @@ def _with_biases(x: Tensor, layers: DenseLayers, biases: list[Tensor]) -> tuple[
         F.pad(bias.reshape(-1, *[1] * (weight.dim() - 1)), [side // 2 for side in weight.shape[2:] for _ in "lr"])
         for bias, weight in zip(biases, layers.conv1_weight, strict=True)
     ]
-    ones = x.new_ones((x.shape[0], 1, *x.shape[2:]))
-    return torch.cat([ones, x], 1), layers._replace(
+    return _with_channels(x, 1, 0, value=1), layers._replace(
         norm1_weight=after(0, layers.norm1_weight),
         norm1_bias=after(1, layers.norm1_bias),
         norm1_running_mean=after(0, layers.norm1_running_mean),
         norm1_running_var=after(1, layers.norm1_running_var),
         conv1_weight=[torch.cat(pair, 1) for pair in zip(centred, layers.conv1_weight, strict=True)],
     )
+
+
+def _with_channels(x: Tensor, before: int, after: int, value: float = 0) -> Tensor:
+    """x with so many more channels, or fewer where negative, not a view; the layout stays, that of a gradient too."""
+    if x.dim() == 3 and before <= 0:  # of sequences PyTorch's pad knows no channels-last
+        return x[:, -before : x.shape[1] + after].clone()
+    return F.pad(x, [0, 0] * (x.dim() - 2) + [before, after], value=value)
 
 
 class FastDenseBlock(FusedBlock, reference.DenseBlock):

@@ -40,7 +40,7 @@ _PARAMETER_FIELDS = ("norm1_weight", "norm1_bias", "conv1_weight", "norm2_weight
 _LAYERS = ", ".join(f"Tensor[] {field}" for field in _LIST_FIELDS)
 _LAYER_OPTIONS = (
     "bool[] norm1_batch_stats, float[] norm1_eps, bool[] norm2_batch_stats, float[] norm2_eps, float drop_rate,"
-    " str group"
+    " str group, bool new_first"
 )
 _NORM = "Tensor norm_weight, Tensor norm_bias, Tensor norm_mean, Tensor norm_var"
 _NORM_OPTIONS = "float eps, bool batch_stats, str group"

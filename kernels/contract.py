@@ -10,7 +10,8 @@ k      growth rate: channels that each of the L layers adds
 C_l    ``C_0 + l*k``: channels that layer l reads
 B      channels of a bottleneck (``bn_size * k``)
 X      the block's output, [N, C_L, H, W] in channels-last memory, so that its rows are pixels:
-       as [M, C_L], layer l reads the prefix ``X[:, :C_l]`` and writes ``X[:, C_l : C_l+k]``
+       as [M, C_L], layer l reads the prefix ``X[:, :C_l]`` and writes ``X[:, C_l : C_l+k]``; where
+       new features go first, it reads the last C_l channels and writes the k before them
 ====== ==========================================================================================
 
 A backend is a module with the functions
@@ -75,6 +76,10 @@ class ChannelStats(NamedTuple):
     mean: Tensor  # [C]
     var: Tensor  # [C], biased
 
+    def part(self, channels: slice) -> ChannelStats:
+        """Those of some channels, in the same memory."""
+        return ChannelStats(self.mean[channels], self.var[channels])
+
 
 class Norm(NamedTuple):
     """One BatchNorm and the statistics it normalises with: the batch's of its input, or its running ones."""
@@ -115,6 +120,7 @@ class DenseLayers(NamedTuple):
     norm2_eps: list[float]
     drop_rate: float
     group: str = ""  # of all norms that use the batch's statistics, as of Norm
+    new_first: bool = False  # whether X has its features from the last layer's to the input
 
     @property
     def keep_scale(self) -> float:
@@ -150,18 +156,26 @@ class DenseLayers(NamedTuple):
     def output_channels(self) -> int:
         return self.input_channels + self.num_layers * self.growth_rate
 
-    def norm1(self, layer: int, batch: ChannelStats) -> Norm:
-        """norm1 of one layer; ``batch`` are the statistics of X, of which it takes its prefix."""
+    def reads(self, layer: int) -> slice:
+        """The channels of X that a layer reads; of the first, the block's input."""
         channels = self.conv1_weight[layer].shape[1]
+        if not self.new_first:
+            return slice(0, channels)
+        every = self.output_channels
+        return slice(every - channels, every)
+
+    def writes(self, layer: int) -> slice:
+        """Those that it makes."""
+        source, k = self.reads(layer), self.growth_rate
+        return slice(source.start - k, source.start) if self.new_first else slice(source.stop, source.stop + k)
+
+    def norm1(self, layer: int, batch: ChannelStats) -> Norm:
+        """norm1 of one layer; ``batch`` are the statistics of X, of which it takes those that it reads."""
+        stats = ChannelStats(self.norm1_running_mean[layer], self.norm1_running_var[layer])
         use_batch = self.norm1_batch_stats[layer]
-        return Norm(
-            self.norm1_weight[layer],
-            self.norm1_bias[layer],
-            batch.mean[:channels] if use_batch else self.norm1_running_mean[layer],
-            batch.var[:channels] if use_batch else self.norm1_running_var[layer],
-            self.norm1_eps[layer],
-            use_batch,
-        )
+        if use_batch:
+            stats = batch.part(self.reads(layer))
+        return Norm(self.norm1_weight[layer], self.norm1_bias[layer], *stats, self.norm1_eps[layer], use_batch)
 
     def norm2(self, layer: int, batch: ChannelStats) -> Norm:
         """norm2 of one layer; ``batch`` are the statistics of that layer's bottleneck."""

@@ -23,6 +23,7 @@ if not torch.cuda.is_available():  # before fastdense looks for Triton
 
 import fastdense
 from fastdense import FastDenseBlock, FastDenseNet, FastTransition, parity
+from fastdense.benchmarks import wild
 from fastdense.served import BatchNorm
 
 settings.register_profile(
@@ -68,15 +69,26 @@ def _tails(channels: int, **kwargs: Any) -> FastDenseNet:
     return net
 
 
-_FAST = {"block": FastDenseBlock, "transition": FastTransition, "tails": _tails, "net": FastDenseNet}
+def _new_first(*args: Any) -> nn.Module:
+    """A network whose blocks put new features before older ones."""
+    return fastdense.convert(wild.KuangliuDenseNet(*args))
+
+
+_FAST: dict[str, Callable[..., nn.Module]] = {
+    "block": FastDenseBlock,
+    "transition": FastTransition,
+    "tails": _tails,
+    "net": FastDenseNet,
+    "new first": _new_first,
+}
 
 
 @pytest.fixture(scope="session")
 def twins() -> Callable[..., tuple[nn.Module, nn.Module]]:
     """``twins(kind, *args, seed=0, **kwargs)``: a fast module and its stock definition, of equal state.
 
-    ``kind`` is ``"block"``, ``"transition"``, ``"net"``, or ``"tails"`` (the stem tail and the head alone). The
-    norms' parameters and running statistics are random.
+    ``kind`` is ``"block"``, ``"transition"``, ``"net"``, ``"tails"`` (the stem tail and the head alone), or ``"new
+    first"`` (a network of blocks that put new features first). The norms' parameters and running statistics are random.
     """
 
     def make(kind: str, *args: Any, seed: int = 0, **kwargs: Any) -> tuple[nn.Module, nn.Module]:

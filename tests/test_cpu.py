@@ -309,6 +309,13 @@ def test_network(kernels, precision, twins, randn, check):
 
 
 @each_kernel
+@every_mode
+@pytest.mark.parametrize("growth", [12, 5])
+def test_network_of_new_features_first(kernels, growth, precision, twins, randn, check):
+    check(twins("new first", (2, 3), growth), [randn(2, 3, 16, 14, seed=seed) for seed in range(3)], precision)
+
+
+@each_kernel
 @pytest.mark.parametrize("spatial", [(40, 33, 36), (500,)], ids=["volumes", "sequences"])
 def test_network_of_other_dimensions(kernels, spatial, twins, randn, check):
     pair = twins("net", block_config=(2, 3), num_classes=10, spatial_dims=len(spatial))
@@ -653,6 +660,11 @@ from pathlib import Path
 from fastdense.kernels import cpu
 from fastdense.kernels.cpu import library
 shapes = [(1, 13, 5, 7), (2, 16, 1, 1), (3, 64, 9, 2), (5, 33, 7, 7), (1, 20, 15, 31), (2, 20, 3, 5, 7), (3, 20, 37)]
+class NewFirst(fastdense.FastDenseBlock):
+    @property
+    def _layout(self):
+        return super()._layout._replace(new_first=True)
+
 layers = [(5, 3), (32, 4), (12, None)]
 dtypes = [(torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, None), (torch.float16, None)]
 for isa, found in library.offered(Path(sys.argv[1])).items():
@@ -660,7 +672,8 @@ for isa, found in library.offered(Path(sys.argv[1])).items():
     for dtype, autocast in dtypes:
         for shape in shapes:
             c, dims = shape[1], dict(spatial_dims=len(shape) - 2)
-            blocks = [fastdense.FastDenseBlock(2, c, bn_size, growth, 0.1, **dims) for growth, bn_size in layers]
+            orders = (fastdense.FastDenseBlock, NewFirst)
+            blocks = [of(2, c, bn_size, growth, 0.1, **dims) for growth, bn_size in layers for of in orders]
             tails = fastdense.FastDenseNet(block_config=(), num_init_features=c, num_classes=1, **dims)
             tails.features.conv0 = torch.nn.Identity()
             others = [fastdense.FastTransition(c, c // 2, **dims)] if min(shape[2:]) > 1 else []

@@ -133,6 +133,15 @@ def test_network(train, precision, device, twins, randn, clear_relus, assert_par
     assert_parity(*pair, inputs, **precision)
 
 
+@precisions("fp32", "bf16")
+@train_and_eval
+def test_network_of_new_features_first(train, precision, device, twins, randn, clear_relus, assert_parity):
+    pair = [module.train(train).to(device) for module in twins("new first", (2, 3), 12)]
+    inputs = [randn(2, 3, 8, 7, seed=seed, device=device) for seed in range(2)]
+    clear_relus(pair, inputs)
+    assert_parity(*pair, inputs, **precision)
+
+
 @pytest.mark.parametrize("frozen", ["norm1", "norm2"])
 def test_mixed_norms(frozen, tiles, device, twins, randn, clear_relus, assert_parity):
     pair = [module.to(device) for module in twins("block", 3, 13, growth_rate=5, bn_size=3)]

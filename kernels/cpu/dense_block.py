@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..contract import (
+    ChannelStats,
     DenseBlockGrads,
     DenseBlockNeeds,
     DenseBlockOutput,
@@ -18,7 +19,7 @@ from ..contract import (
 from ..group import join
 from ..portable.batch_norm import cast, laid_out_as, zero_stats
 from .arguments import Norms, Shares, Weights, extents, loaded, pixels, pointers, taps
-from .library import DTYPES, DenseBlockArgs, TrainingArgs, TrainingLayerArgs
+from .library import DTYPES, DenseBlockArgs, FeaturesArgs, TrainingArgs, TrainingLayerArgs
 from .packing import Prepared
 
 
@@ -130,14 +131,10 @@ def dense_block_backward(
     )
 
 
-def _widths(layers: DenseLayers) -> dict[str, int]:
+def _widths(layers: DenseLayers) -> dict[str, Any]:
     """What ``DenseBlockArgs`` and ``TrainingArgs`` begin with, after the extents."""
-    return {
-        "input_channels": layers.input_channels,
-        "growth_rate": layers.growth_rate,
-        "bottleneck_channels": layers.bottleneck_channels,
-        "layers": layers.num_layers,
-    }
+    features = FeaturesArgs(layers.input_channels, layers.growth_rate, layers.num_layers, layers.new_first)
+    return {"features": features, "bottleneck_channels": layers.bottleneck_channels}
 
 
 def _bottlenecks(like: Tensor, layers: DenseLayers, dtype: torch.dtype, count: int) -> list[Tensor]:
@@ -156,11 +153,15 @@ class _Training:
 
     def __init__(self, output: DenseBlockOutput, layers: DenseLayers, dtype: torch.dtype):
         num_layers = layers.num_layers
+        batch = [ChannelStats(output.mean, output.var)] * num_layers
+        if layers.new_first:  # else a layer reads the first of them
+            batch = [stats.part(layers.reads(i)) for i, stats in enumerate(batch)]
+        means, variances = zip(*batch, strict=True)
         self._norm1 = Norms(
             layers.norm1_weight,
             layers.norm1_bias,
-            _used(layers.norm1_batch_stats, repeat(output.mean), layers.norm1_running_mean),
-            _used(layers.norm1_batch_stats, repeat(output.var), layers.norm1_running_var),
+            _used(layers.norm1_batch_stats, means, layers.norm1_running_mean),
+            _used(layers.norm1_batch_stats, variances, layers.norm1_running_var),
             layers.norm1_eps,
             torch.float32,
         )

@@ -63,11 +63,19 @@ class WeightArgs(Structure):
     )
 
 
+class FeaturesArgs(Structure):
+    """``Features`` of ``src/abi.h``."""
+
+    _fields_ = _fields((c_int64, "input_channels growth_rate layers new_first"))
+
+
 class DenseBlockArgs(Structure):
     """As in ``src/abi.h``."""
 
     _fields_ = _fields(
-        (c_int64, "images depth height width input_channels growth_rate bottleneck_channels layers"),
+        (c_int64, "images depth height width"),
+        (FeaturesArgs, "features"),
+        (c_int64, "bottleneck_channels"),
         (c_void_p, "x out"),
         (POINTER(NormArgs), "norm1 norm2"),
         (POINTER(c_void_p), "conv1 conv3"),
@@ -166,7 +174,9 @@ class TrainingArgs(Structure):
     """As in ``src/abi.h``."""
 
     _fields_ = _fields(
-        (c_int64, "images depth height width input_channels growth_rate bottleneck_channels layers"),
+        (c_int64, "images depth height width"),
+        (FeaturesArgs, "features"),
+        (c_int64, "bottleneck_channels"),
         (c_void_p, "x out"),
         (POINTER(TrainingLayerArgs), "layer"),
         (c_void_p, "mean var bottleneck_mean bottleneck_var grad_out grad dx"),

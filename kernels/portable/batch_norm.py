@@ -49,9 +49,9 @@ def images(x: Tensor, shape: Sequence[int]) -> Tensor:
     return x.view(*shape, x.shape[1]).movedim(-1, 1)
 
 
-def prefix(x: Tensor, channels: int) -> Tensor:
-    """The first channels of [N, C, *spatial]."""
-    return x.narrow(1, 0, channels)
+def channels_of(x: Tensor, channels: slice) -> Tensor:
+    """Some channels of [N, C, *spatial], or of rows."""
+    return x.narrow(1, channels.start, channels.stop - channels.start)
 
 
 def per_channel(vector: Tensor, dims: int) -> Tensor:
@@ -301,13 +301,9 @@ class Correction(NamedTuple):
             group.add_up(through.p, through.q)
         return through
 
-    def prefix(self, channels: int) -> Correction:
-        """That of the first channels, in the same memory."""
-        return Correction(*(vector[:channels] for vector in self))
-
-    def split(self, widths: list[int]) -> list[Correction]:
-        """Those of so many channels each, in the same memory."""
-        return list(map(Correction, *(vector.split(widths) for vector in self)))
+    def part(self, channels: slice) -> Correction:
+        """That of some channels, in the same memory."""
+        return Correction(*(vector[channels] for vector in self))
 
     def add(self, norm: Affine, s1: Tensor, s2: Tensor, count: int) -> None:
         """Of one more norm, of a batch of ``count`` pixels."""

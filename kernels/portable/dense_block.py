@@ -49,6 +49,7 @@ from .batch_norm import (
     affines,
     cast,
     channel_stats,
+    channels_of,
     gemm_dtype,
     images,
     input_gradient,
@@ -58,7 +59,6 @@ from .batch_norm import (
     merge_stats,
     norm_backward,
     passed_dtype,
-    prefix,
     rows,
     show_inputs,
     tensor_stats,
@@ -223,8 +223,8 @@ class _Backward(_NormRelu):
 
 def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottleneck: bool) -> DenseBlockOutput:
     """Forward with whichever statistics the norms ask for; convolutions compute in ``dtype``."""
-    n, c0, *spatial = x.shape
-    depth, growth_rate, dims = layers.num_layers, layers.growth_rate, x.dim()
+    n, _, *spatial = x.shape
+    depth, dims = layers.num_layers, x.dim()
     store = torch.promote_types(x.dtype, dtype)
     out = empty_channels_last((n, layers.output_channels, *spatial), store, x.device)  # X
     stats = zero_stats((layers.output_channels,), store, x.device)
@@ -232,20 +232,19 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
     share_stats = any(layers.norm1_batch_stats)
 
     block = _Block(out, layers, dtype)
-    widths = [c0] + [growth_rate] * depth
-    first, *written = out.split(widths, 1)  # by x, layer 0, ...
-    first_stats, *written_stats = map(ChannelStats, *(vector.split(widths) for vector in stats))
+    first, *written = [layers.reads(0), *map(layers.writes, range(depth))]  # by x, layer 0, ...
+    written_stats = list(map(stats.part, written))
     hidden_stats = list(map(ChannelStats, *bottleneck_stats))
     norms1 = [LateAffineMap(layers.norm1(i, stats), block.acc, dims) for i in range(depth)]
     norms2 = [LateAffineMap(layers.norm2(i, hidden_stats[i]), block.acc, dims) for i in range(len(block.seconds))]
     firsts = [_Forward(block, half, norm, block.narrow) for half, norm in zip(block.firsts, norms1, strict=True)]
     seconds = [_Forward(block, half, norm) for half, norm in zip(block.seconds, norms2, strict=True)]
-    sources = [half.cut(prefix(out, c0 + layer * growth_rate)) for layer, half in enumerate(firsts)]
-    targets = [half.cut(new) for half, new in zip(seconds or firsts, written, strict=True)]
+    sources = [half.cut(channels_of(out, layers.reads(layer))) for layer, half in enumerate(firsts)]
+    targets = [half.cut(channels_of(out, new)) for half, new in zip(seconds or firsts, written, strict=True)]
 
-    first.copy_(x)
+    channels_of(out, first).copy_(x)
     if share_stats:
-        block.store(channel_stats(x), first_stats)
+        block.store(channel_stats(x), stats.part(first))
     bottleneck: list[Tensor] = []
     for layer, half in enumerate(firsts):
         source = sources[layer]
@@ -263,8 +262,8 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
 
 def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) -> Tensor:
     """Forward with running statistics, norm2 folded into conv1: X alone, [N, C_L, *spatial]."""
-    n, c0, *spatial = x.shape
-    depth, growth_rate, dims = layers.num_layers, layers.growth_rate, x.dim()
+    n, _, *spatial = x.shape
+    depth, dims = layers.num_layers, x.dim()
     store = torch.promote_types(x.dtype, dtype)
     acc, compute = accumulator_dtype(store), gemm_dtype(dtype, x.device)
     unread = zero_stats((0,), store, x.device)
@@ -278,14 +277,15 @@ def dense_block_inference(x: Tensor, layers: DenseLayers, dtype: torch.dtype) ->
     growth = [cast(weight, compute) for weight in layers.growth_weight]
 
     out = empty_channels_last((n, layers.output_channels, *spatial), store, x.device)
-    prefix(out, c0).copy_(x)
+    channels_of(out, layers.reads(0)).copy_(x)
     parts = chunks(out.shape, x.device, OF_A_BLOCK)
     passed = passed_dtype(store, dims, None) if store == compute else acc
-    scratch = Scratch(passed, x.device, max(chunk.pixels for chunk in parts) * (layers.output_channels - growth_rate))
+    widest = layers.output_channels - layers.growth_rate
+    scratch = Scratch(passed, x.device, max(chunk.pixels for chunk in parts) * widest)
     for chunk in parts:  # through every layer in cache
-        part = chunk.of(out)
-        sources = [prefix(part, c0 + layer * growth_rate) for layer in range(depth)]
-        targets = part.split([c0] + [growth_rate] * depth, 1)[1:]
+        features = chunk.of(out)
+        sources = [channels_of(features, layers.reads(layer)) for layer in range(depth)]
+        targets = [channels_of(features, layers.writes(layer)) for layer in range(depth)]
         temporaries = [scratch("z", source.shape) for source in sources]
         for layer, weight in enumerate(growth):
             source = sources[layer]
@@ -302,21 +302,28 @@ class _GradientOfX:
     """That of X, gathered raw by the layers that read it, last to first."""
 
     def __init__(self, grad_out: Tensor, output: DenseBlockOutput, layers: DenseLayers, block: _Block):
-        n, channels, *spatial = output.out.shape
-        k, before = layers.growth_rate, channels - layers.growth_rate
+        n, _, *spatial = output.out.shape
+        depth = layers.num_layers
         self.given = in_channels_last(cast(grad_out, block.passed))
-        self.raw = self.given  # G; where that is not memory of our own, the last layer leaves it there
-        if self.given is grad_out:
-            self.raw = empty_channels_last((n, before, *spatial), block.passed, grad_out.device)
+        self._last = layers.reads(depth - 1)
+        self.raw = channels_of(self.given, self._last)  # G, but for what the last layer writes
+        if self.given is grad_out:  # no memory of our own
+            self.raw = empty_channels_last(self.raw.shape, block.passed, grad_out.device)
         self.through = Correction.none(output.mean)  # P and Q
-        self.dy = empty_channels_last((n, k, *spatial), block.acc, grad_out.device)
+        self.dy = empty_channels_last((n, layers.growth_rate, *spatial), block.acc, grad_out.device)
 
-        widths = [layers.input_channels] + [k] * layers.num_layers
-        raw = [*prefix(self.raw, before).split(widths[:-1], 1), self.given.narrow(1, before, k)]
-        through = self.through.per_channel(grad_out.dim()).split(widths)
-        self._written = list(zip(raw, output.out.split(widths, 1), through, strict=True))  # by x, layer 0, ...
+        written = [layers.reads(0), *map(layers.writes, range(depth))]  # by x, layer 0, ...
+        raw = [*map(self.part, written[:-1]), channels_of(self.given, written[-1])]
+        through = self.through.per_channel(grad_out.dim())
+        x = [channels_of(output.out, new) for new in written]
+        self._written = list(zip(raw, x, map(through.part, written), strict=True))
         self._use_batch, self._group = any(layers.norm1_batch_stats), block.group
         self._one = torch.ones((), dtype=block.acc, device=grad_out.device)
+
+    def part(self, channels: slice) -> Tensor:
+        """G of some channels of X."""
+        start = self._last.start
+        return channels_of(self.raw, slice(channels.start - start, channels.stop - start))
 
     def of_layer(self, layer: int) -> Tensor:
         """The true one of what a layer wrote, good until the next."""
@@ -365,12 +372,12 @@ def dense_block_backward(
     ]
     gradient = _GradientOfX(grad_out, output, layers, block)
     sources, gathered, throughs = [], [], []  # of each layer: what it reads of X, and adds to of G, P and Q
-    for half, norm in zip(firsts, norms1, strict=True):
-        channels = len(norm.scale)
-        sources.append(half.cut(prefix(output.out, channels)))
-        gathered.append(half.cut(prefix(gradient.raw, channels)))
-        throughs.append(gradient.through.prefix(channels))
-    so_far = [*gathered[:-1], half.cut(prefix(gradient.given, channels))]
+    for layer, half in enumerate(firsts):
+        channels = layers.reads(layer)
+        sources.append(half.cut(channels_of(output.out, channels)))
+        gathered.append(half.cut(gradient.part(channels)))
+        throughs.append(gradient.through.part(channels))
+    so_far = [*gathered[:-1], half.cut(channels_of(gradient.given, channels))]
     hiddens = [images(hidden, (n, *spatial)) for hidden in output.bottleneck]
     again = []  # what makes the bottlenecks that were not kept
     if seconds and not hiddens:

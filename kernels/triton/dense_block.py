@@ -26,7 +26,7 @@ from ..contract import (
     empty_channels_last,
 )
 from ..group import join
-from ..portable.batch_norm import Affine, affines, rows, zero_stats
+from ..portable.batch_norm import Affine, affines, channels_of, rows, zero_stats
 from .block_infer import Together, block_infer, fits
 from .conv1x1 import bn_relu_conv1x1_fwd
 from .conv3x3 import bn_relu_conv3x3_fwd
@@ -38,8 +38,8 @@ from .statistics import Partials, Vectors, copy_stats_fwd, merge, merge_for
 @on_device
 def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottleneck: bool) -> DenseBlockOutput:
     """Forward with whichever statistics the norms ask for; convolutions compute in ``dtype``."""
-    n, c0, h, w = x.shape
-    k, width, count = layers.growth_rate, layers.bottleneck_channels, layers.num_layers
+    n, _, h, w = x.shape
+    width, count = layers.bottleneck_channels, layers.num_layers
     store = torch.promote_types(x.dtype, dtype)
     out = empty_channels_last((n, layers.output_channels, h, w), store, x.device)
     shared = rows(out)  # X
@@ -54,11 +54,12 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
     pixels = n * h * w
     group = join(layers.group, pixels, x.device)
 
-    copy_stats_fwd(x, shared.narrow(1, 0, c0), partials if share_stats else None)
-    merge_for(layers.norm1(0, stats), vectors1, stats, partials if share_stats else None, group=group)
+    reads = layers.reads(0)
+    copy_stats_fwd(x, channels_of(shared, reads), partials if share_stats else None)
+    merge_for(layers.norm1(0, stats), vectors1, stats.part(reads), partials if share_stats else None, group=group)
     for layer in range(count):
-        channels = c0 + layer * k
-        source, vectors = shared.narrow(1, 0, channels), vectors1
+        reads, writes = layers.reads(layer), layers.writes(layer)
+        source, vectors = channels_of(shared, reads), vectors1
         if layers.has_bottleneck:
             if save_bottleneck or not layer:
                 hidden = torch.empty((pixels, width), dtype=dtype, device=x.device)
@@ -74,14 +75,15 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
             source, vectors = hidden, vectors2
             merge_for(layers.norm2(layer, own), vectors2, own, partials if wanted else None, group=group)
         bn_relu_conv3x3_fwd(
-            source, vectors, weights3[layer], shared.narrow(1, channels, k), (h, w),
+            source, vectors, weights3[layer], channels_of(shared, writes), (h, w),
             keep=kept(layers.growth_mask, layer), keep_scale=layers.keep_scale, stats=partials if share_stats else None,
         )  # fmt: skip
         if layer + 1 < count:
-            norm = layers.norm1(layer + 1, stats)
-            merge_for(norm, vectors1, stats, partials if share_stats else None, channels, group)
+            norm, reads = layers.norm1(layer + 1, stats), layers.reads(layer + 1)
+            first = writes.start - reads.start
+            merge_for(norm, vectors1, stats.part(reads), partials if share_stats else None, first, group)
         elif share_stats:
-            merge(stats, partials, channels, group)
+            merge(stats, partials, writes.start, group)
     return DenseBlockOutput(out, bottleneck, *stats, *bottleneck_stats)
 
 
@@ -91,6 +93,9 @@ class PreparedBlock(Prepared):
     def __init__(self, layers: DenseLayers, x_dtype: torch.dtype, dtype: torch.dtype):
         self._store, self._compute = torch.promote_types(x_dtype, dtype), dtype
         self._growth, self._width = layers.growth_rate, layers.bottleneck_channels
+        self._reads = [layers.reads(layer) for layer in range(layers.num_layers)]
+        self._writes = [layers.writes(layer) for layer in range(layers.num_layers)]
+        self._new_first = layers.new_first
         unread = ChannelStats(*(layers.norm1_weight[0].new_empty(0) for _ in range(2)))
         norms1, norms2 = block_norms(layers, unread, [unread] * layers.num_layers)
         self._norms1 = [Vectors(norm.scale, norm.shift) for norm in norms1]
@@ -102,15 +107,14 @@ class PreparedBlock(Prepared):
         k, width = self._growth, self._width
         out = empty_channels_last((n, c0 + len(self._norms1) * k, h, w), self._store, x.device)
         shared = rows(out)
-        copy_stats_fwd(x, shared.narrow(1, 0, c0), None)
-        if width and fits(n, h * w, width, k, x.device):
+        copy_stats_fwd(x, channels_of(shared, self._reads[0]), None)
+        if width and not self._new_first and fits(n, h * w, width, k, x.device):
             block_infer(shared, self._in_one_launch, c0, (h, w))
             return out
         if width:
             hidden = torch.empty((n * h * w, width), dtype=self._compute, device=x.device)  # u
         for layer, norm in enumerate(self._norms1):
-            channels = c0 + layer * k
-            source, new = shared.narrow(1, 0, channels), shared.narrow(1, channels, k)
+            source, new = channels_of(shared, self._reads[layer]), channels_of(shared, self._writes[layer])
             if width:
                 bn_relu_conv1x1_fwd(source, norm, self._weights1[layer], hidden, fold=self._norms2[layer])
                 bn_relu_conv3x3_fwd(hidden, None, self._weights3[layer], new, (h, w))

@@ -26,7 +26,7 @@ from ..contract import (
     empty_channels_last,
 )
 from ..group import join
-from ..portable.batch_norm import rows
+from ..portable.batch_norm import channels_of, rows
 from .conv1x1 import bn_relu_conv1x1_bwd, bn_relu_conv1x1_fwd
 from .conv3x3 import bn_relu_conv3x3_wgrad, conv3x3_dgrad
 from .dense_block import block_norms, kept, packed_weights
@@ -48,7 +48,7 @@ def dense_block_backward(
     if layers.bottleneck_channels > 256:  # more than the fused 1x1 holds at once
         return portable.dense_block_backward(grad_out, output, layers, dtype, x_dtype, needs)
     n, channels, h, w = output.out.shape
-    k, width, count, device = layers.growth_rate, layers.bottleneck_channels, n * h * w, grad_out.device
+    width, count, device = layers.bottleneck_channels, n * h * w, grad_out.device
     shared = rows(output.out)
     g = empty_channels_last((n, channels, h, w), shared.dtype, device)
     raw = rows(g)
@@ -70,16 +70,16 @@ def dense_block_backward(
         """For what a layer makes for itself, and the next writes over."""
         return torch.empty((count, channels), dtype=dtype, device=device)
 
-    dy, da, hidden = room(k), room(width), room(0 if output.bottleneck else width)
+    dy, da, hidden = room(layers.growth_rate), room(width), room(0 if output.bottleneck else width)
     for layer in reversed(range(needs.first_layer(), layers.num_layers)):
-        channels -= k
-        source, norm1, target = shared.narrow(1, 0, channels), norms1[layer], raw.narrow(1, 0, channels)
-        so_far = arriving.narrow(1, 0, channels)
-        mean, p, q = (vector.narrow(0, channels, k) for vector in (stats.mean, *correction))
+        reads, writes = layers.reads(layer), layers.writes(layer)
+        source, so_far, target = (channels_of(tensor, reads) for tensor in (shared, arriving, raw))
+        norm1, own1 = norms1[layer], tuple(vector[reads] for vector in correction)
+        mean, p, q = (vector[writes] for vector in (stats.mean, *correction))
         if group is not None and any(layers.norm1_batch_stats):
             group.add_up(p, q)
         true_gradient(
-            arriving.narrow(1, channels, k), shared.narrow(1, channels, k), mean, (p, q), dy,
+            channels_of(arriving, writes), channels_of(shared, writes), mean, (p, q), dy,
             keep=kept(layers.growth_mask, layer), keep_scale=layers.keep_scale,
         )  # fmt: skip
         if layers.has_bottleneck:
@@ -108,18 +108,18 @@ def dense_block_backward(
             dw = bn_relu_conv3x3_wgrad(dy, source, norm1, (h, w)) if needs.conv1[layer] else None
         norm_sums(
             sums, count, norm1.scale, norm1.rstd, grads.norm1_weight[layer], grads.norm1_bias[layer],
-            correction, batch=layers.norm1_batch_stats[layer], add=True,
+            own1, batch=layers.norm1_batch_stats[layer], add=True,
             conv=None if dw is None else (dw, grads.conv1_weight[layer]),
         )  # fmt: skip
         arriving = raw
 
     if needs.x:
-        c0 = layers.input_channels
-        dx = empty_channels_last((n, c0, h, w), x_dtype, device)
-        p, q = (vector.narrow(0, 0, c0) for vector in correction)
+        reads = layers.reads(0)
+        dx = empty_channels_last((n, layers.input_channels, h, w), x_dtype, device)
+        p, q = (vector[reads] for vector in correction)
         if group is not None and any(layers.norm1_batch_stats):
             group.add_up(p, q)
-        true_gradient(raw[:, :c0], shared[:, :c0], stats.mean[:c0], (p, q), rows(dx))
+        true_gradient(channels_of(raw, reads), channels_of(shared, reads), stats.mean[reads], (p, q), rows(dx))
         grads = grads._replace(x=dx)
     return grads
 

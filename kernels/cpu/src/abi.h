@@ -35,9 +35,21 @@ struct Weight {
   int32_t dtype;
 };
 
+// Where a block's features are in its output X: the input's, and those of each layer.
+struct Features {
+  int64_t input_channels, growth_rate, layers;
+  int64_t new_first;  // whether they lie from the last layer's to the input's
+
+  int64_t channels() const { return channels_before(layers); }
+  int64_t channels_before(int64_t layer) const { return input_channels + layer * growth_rate; }
+  int64_t read_by(int64_t layer) const { return new_first ? channels() - channels_before(layer) : 0; }
+  int64_t made_by(int64_t layer) const { return new_first ? read_by(layer + 1) : channels_before(layer); }
+};
+
 struct DenseBlockArgs {
   int64_t images, depth, height, width;
-  int64_t input_channels, growth_rate, bottleneck_channels, layers;  // bottleneck_channels 0: without
+  Features features;
+  int64_t bottleneck_channels;  // 0: without
   const void* x;        // [M, C_0], of `store`
   void* out;            // [M, C_L], of `store`
   const Norm* norm1;    // [L]
@@ -116,7 +128,8 @@ struct TrainingLayer {
 
 struct TrainingArgs {
   int64_t images, depth, height, width;
-  int64_t input_channels, growth_rate, bottleneck_channels, layers;  // bottleneck_channels 0: without
+  Features features;
+  int64_t bottleneck_channels;  // 0: without
   const void* x;    // [M, C_0], of `store`
   void* out;        // X: [M, C_L], of `store`; the backward reads it
   const TrainingLayer* layer;

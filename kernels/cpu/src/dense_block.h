@@ -23,11 +23,11 @@ class DenseBlock {
         team_{parallel_for, args.threads},
         slice_(args.height * args.width),
         pixels_(args.depth * slice_),
-        channels_(args.input_channels + args.layers * args.growth_rate),
+        channels_(args.features.channels()),
         has_bottleneck_(args.bottleneck_channels > 0),
         x_(static_cast<const Store*>(args.x)),
         out_(static_cast<Store*>(args.out)) {
-    const int64_t widest = has_bottleneck_ ? p_.bottleneck_channels : channels_ - p_.growth_rate;
+    const int64_t widest = has_bottleneck_ ? p_.bottleneck_channels : channels(layers() - 1);
     u_channels_ = padded<Word>(widest);
     make_affines();
   }
@@ -47,7 +47,7 @@ class DenseBlock {
  private:
   void make_affines() {
     int64_t size = 0;
-    for (int64_t layer = 0; layer < p_.layers; ++layer)
+    for (int64_t layer = 0; layer < layers(); ++layer)
       size += 2 * (padded<Word>(channels(layer)) + (has_bottleneck_ ? u_channels_ : 0));
     float* next = vectors_.get<float>(size);
     const auto make = [&](const Norm& norm, int64_t channels, int64_t padded_channels) {
@@ -56,7 +56,7 @@ class DenseBlock {
       next += 2 * padded_channels;
       return made;
     };
-    for (int64_t layer = 0; layer < p_.layers; ++layer) {
+    for (int64_t layer = 0; layer < layers(); ++layer) {
       const int64_t c = channels(layer);
       float* const vectors = next;
       const Affine made = make(p_.norm1[layer], c, padded<Word>(c));
@@ -66,7 +66,8 @@ class DenseBlock {
     }
   }
 
-  int64_t channels(int64_t layer) const { return p_.input_channels + layer * p_.growth_rate; }
+  int64_t layers() const { return p_.features.layers; }
+  int64_t channels(int64_t layer) const { return p_.features.channels_before(layer); }  // that it reads
 
   void run_images(int64_t image, int64_t count, const Team& team) {
     const Window<Word> widest{count, p_.depth, p_.height, p_.width, p_.conv3_depth / 2, p_.conv3_height / 2,
@@ -74,7 +75,7 @@ class DenseBlock {
     Element* const u = Scratch::of_this_thread().u.template get<Element>(widest.size());
     std::memset(static_cast<void*>(u), 0, widest.size() * sizeof(Element));
     copy_input(image * pixels_, count * pixels_, team);
-    for (int64_t layer = 0; layer < p_.layers; ++layer) {
+    for (int64_t layer = 0; layer < layers(); ++layer) {
       Window<Word> window = widest;
       if (!has_bottleneck_) window.channels = padded<Word>(channels(layer));
       make_u(layer, image, window, u, team);
@@ -83,10 +84,11 @@ class DenseBlock {
   }
 
   void copy_input(int64_t first, int64_t rows, const Team& team) {
-    const int64_t c0 = p_.input_channels;
+    const int64_t c0 = p_.features.input_channels;
+    Store* const target = out_ + p_.features.read_by(0);
     team.run(rows, [&](int64_t begin, int64_t end) {
       for (int64_t row = first + begin; row < first + end; ++row)
-        std::memcpy(static_cast<void*>(out_ + row * channels_), x_ + row * c0, c0 * sizeof(Store));
+        std::memcpy(static_cast<void*>(target + row * channels_), x_ + row * c0, c0 * sizeof(Store));
     });
   }
 
@@ -95,9 +97,10 @@ class DenseBlock {
     team.run(strips, [&](int64_t begin, int64_t end) {
       [[maybe_unused]] const typename Isa::Session session;
       Ahead weights = weights_after_conv1(layer, window);
+      const Store* const x = out_ + image * pixels_ * channels_ + p_.features.read_by(layer);
       for (int64_t strip = begin; strip < end; ++strip) {
         const int64_t first = rows * strip / strips, last = rows * (strip + 1) / strips;
-        make_u_strip(layer, out_ + (image * pixels_ + first) * channels_, window, first, last - first, u, weights);
+        make_u_strip(layer, x + first * channels_, window, first, last - first, u, weights);
       }
     });
   }
@@ -107,13 +110,13 @@ class DenseBlock {
     Ahead weights;
     if (!has_bottleneck_) return weights;
     const int64_t slices = 2 * window.reach_z + 1, in = slices * window.channels;
-    const int64_t columns = round_up(p_.growth_rate, Isa::kLanes);
+    const int64_t columns = round_up(p_.features.growth_rate, Isa::kLanes);
     const auto* const conv3 = static_cast<const Element*>(p_.conv3[layer]);
     if (window.by_winograd())
       weights.add(conv3 + places_start(in, columns), places_of(slices) * window.channels, columns, columns);
     else
       weights.add(conv3, 3 * (2 * window.reach_y + 1) * in, columns, columns);
-    if (layer + 1 < p_.layers) {
+    if (layer + 1 < layers()) {
       const int64_t hidden = round_up(p_.bottleneck_channels, Isa::kLanes);
       weights.add(static_cast<const Element*>(p_.conv1[layer + 1]), padded<Word>(channels(layer + 1)), hidden, hidden);
     }
@@ -148,11 +151,11 @@ class DenseBlock {
   }
 
   void convolve_window(int64_t layer, int64_t image, const Window<Word>& window, const Element* u, const Team& team) {
-    const int64_t columns = round_up(p_.growth_rate, Isa::kLanes);
+    const int64_t columns = round_up(p_.features.growth_rate, Isa::kLanes);
     const auto store = [&](int64_t slice, int64_t y, const float* row) {
-      Store* target = out_ + (image * pixels_ + slice * slice_ + y * p_.width) * channels_ + channels(layer);
+      Store* target = out_ + (image * pixels_ + slice * slice_ + y * p_.width) * channels_ + p_.features.made_by(layer);
       for (int64_t x = 0; x < p_.width; ++x, target += channels_)
-        store_row<Round>(row + x * columns, p_.growth_rate, target);
+        store_row<Round>(row + x * columns, p_.features.growth_rate, target);
     };
     if constexpr (kIsWinograd<Word>)
       if (window.by_winograd()) {

@@ -71,33 +71,35 @@ class TrainingBlock {
         team_{parallel_for, args.threads},
         slice_(args.height * args.width),
         pixels_(args.images * args.depth * slice_),
-        channels_(args.input_channels + args.layers * args.growth_rate),
+        channels_(args.features.channels()),
         hidden_(args.bottleneck_channels),
         hidden_padded_(stride_of<Word>(hidden_)),
         hidden_columns_(round_up(hidden_, Isa::kLanes)),
-        growth_columns_(round_up(args.growth_rate, Isa::kLanes)),
+        growth_(args.features.growth_rate),
+        growth_columns_(round_up(growth_, Isa::kLanes)),
         x_(static_cast<Store*>(args.out)),
         grad_(static_cast<Gradient*>(args.grad)),
         windows_(args.images, args.depth, args.height, args.width, args.threads,
                  kIsWinograd<Word> && args.layer[0].conv3.depth > 1 ? 2 : 1),
         reach_z_(args.layer[0].conv3.depth / 2),
         reach_y_(args.layer[0].conv3.height / 2),
-        shares_statistics_(std::any_of(args.layer, args.layer + args.layers,
+        shares_statistics_(std::any_of(args.layer, args.layer + args.features.layers,
                                        [](const TrainingLayer& layer) { return layer.batch1 != 0; })) {}
 
   void forward() {
     prefer_huge_pages(x_, pixels_ * channels_ * sizeof(Store));
     copy_input();
-    for (int64_t i = 0; i < p_.layers; ++i) {
+    for (int64_t i = 0; i < p_.features.layers; ++i) {
       const TrainingLayer& layer = p_.layer[i];
       const int64_t c = channels(i);
+      read_ = p_.features.read_by(i);
       norm1_.set(layer.norm1, c, stride_of<Word>(c));
       if (hidden_ > 0) {
         make_bottleneck(i, layer.batch2 != 0);
         norm2_.set(layer.norm2, hidden_, hidden_padded_);
         grow(i, static_cast<const Round*>(layer.bottleneck), hidden_, hidden_, norm2_);
       } else {
-        grow(i, x_, channels_, c, norm1_);
+        grow(i, x_ + read_, channels_, c, norm1_);
       }
     }
   }
@@ -105,10 +107,11 @@ class TrainingBlock {
   void backward() {
     prefer_huge_pages(grad_, pixels_ * channels_ * sizeof(Gradient));
     through_.assign(2 * round_up(channels_, Isa::kLanes), 0.f);
-    for (int64_t i = p_.layers; i-- > p_.first_layer;) {
+    for (int64_t i = p_.features.layers; i-- > p_.first_layer;) {
       const TrainingLayer& layer = p_.layer[i];
-      arriving_ = i == p_.layers - 1 ? static_cast<const Gradient*>(p_.grad_out) : grad_;
-      add_up_through(channels(i), p_.growth_rate);
+      read_ = p_.features.read_by(i);
+      arriving_ = i == p_.features.layers - 1 ? static_cast<const Gradient*>(p_.grad_out) : grad_;
+      add_up_through(made_by(i), growth_);
       norm1_.set(layer.norm1, channels(i), stride_of<Word>(channels(i)));
       if (hidden_ > 0) {
         if (!p_.keeps_bottlenecks) make_bottleneck(i, false);
@@ -118,23 +121,24 @@ class TrainingBlock {
           p_.add_up(own_through_.data(), own_through_.data() + hidden_padded_, hidden_);
         undo_bottleneck(i);
       } else {
-        shrink(i, x_, channels_, channels(i), norm1_);
+        shrink(i, x_ + read_, channels_, channels(i), norm1_);
       }
     }
     arriving_ = grad_;
     if (p_.dx == nullptr) return;
-    add_up_through(0, p_.input_channels);
+    add_up_through(p_.features.read_by(0), p_.features.input_channels);
     make_dx();
   }
 
  private:
-  int64_t channels(int64_t layer) const { return p_.input_channels + layer * p_.growth_rate; }
+  int64_t channels(int64_t layer) const { return p_.features.channels_before(layer); }  // that it reads
+  int64_t made_by(int64_t layer) const { return p_.features.made_by(layer); }
 
   // -- forward --------------------------------------------------------------------------------------------------
 
   void copy_input() {
     constexpr int64_t kTile = 64;
-    const int64_t c0 = p_.input_channels;
+    const int64_t c0 = p_.features.input_channels, read = p_.features.read_by(0);
     const int64_t tiles = ceil_div(pixels_, kTile), segments = std::min(tiles, Statistics::kSegments);
     statistics_.begin(segments, c0);
     team_.run_parts(segments, tiles, [&](int64_t segment, int64_t begin, int64_t end) {
@@ -142,11 +146,11 @@ class TrainingBlock {
         const int64_t rows = std::min(kTile, pixels_ - first);
         const Store* const x = static_cast<const Store*>(p_.x) + first * c0;
         for (int64_t row = 0; row < rows; ++row)
-          std::memcpy(static_cast<void*>(x_ + (first + row) * channels_), x + row * c0, c0 * sizeof(Store));
+          std::memcpy(static_cast<void*>(x_ + (first + row) * channels_ + read), x + row * c0, c0 * sizeof(Store));
         if (shares_statistics_) statistics_.add(segment, x, rows, c0);
       }
     });
-    if (shares_statistics_) finish_statistics(p_.mean, p_.var, c0);
+    if (shares_statistics_) finish_statistics(p_.mean + read, p_.var + read, c0);
   }
 
   void make_bottleneck(int64_t i, bool with_statistics) {
@@ -162,7 +166,7 @@ class TrainingBlock {
       [[maybe_unused]] const typename Isa::Session session;
       for (int64_t strip = begin; strip < end; ++strip) {
         const int64_t first = pixels_ * strip / strips, rows = pixels_ * (strip + 1) / strips - first;
-        const Store* const x = x_ + first * channels_;
+        const Store* const x = x_ + first * channels_ + read_;
         Ahead ahead;
         ahead.add(h + first * hidden_, rows, hidden_, hidden_);
         if (strip + 1 < strips) ahead.add(x + rows * channels_, rows, channels_, c);
@@ -188,9 +192,9 @@ class TrainingBlock {
   void grow(int64_t i, const Source* source, int64_t stride, int64_t c, const Normalization& norm) {
     const TrainingLayer& layer = p_.layer[i];
     const void* const w = pack_in_parallel<Word>(layer.conv3, team_, packed_);
-    Store* const y = x_ + channels(i);
+    Store* const y = x_ + made_by(i);
     const int64_t segments = std::min(windows_.count(), Statistics::kSegments);
-    statistics_.begin(segments, p_.growth_rate);
+    statistics_.begin(segments, growth_);
     team_.run_parts(segments, windows_.count(), [&](int64_t segment, int64_t begin, int64_t end) {
       [[maybe_unused]] const typename Isa::Session session;
       for (int64_t n = begin; n < end; ++n) {
@@ -200,8 +204,8 @@ class TrainingBlock {
         convolve_in_parts(window, u, w, growth_columns_, [&](int64_t slice, int64_t row, float* values) {
           const int64_t first = pixel(place, slice, row);
           for (int64_t j = 0; j < p_.width; ++j) {
-            drop(values + j * growth_columns_, layer.growth_mask, first + j, p_.growth_rate);
-            store_row<Round>(values + j * growth_columns_, p_.growth_rate, y + (first + j) * channels_);
+            drop(values + j * growth_columns_, layer.growth_mask, first + j, growth_);
+            store_row<Round>(values + j * growth_columns_, growth_, y + (first + j) * channels_);
           }
         });
         if (shares_statistics_)
@@ -210,7 +214,7 @@ class TrainingBlock {
           });
       }
     });
-    if (shares_statistics_) finish_statistics(p_.mean + channels(i), p_.var + channels(i), p_.growth_rate);
+    if (shares_statistics_) finish_statistics(p_.mean + made_by(i), p_.var + made_by(i), growth_);
   }
 
   void finish_statistics(float* mean, float* var, int64_t c) {
@@ -243,18 +247,18 @@ class TrainingBlock {
       float* const weight_sum = wants_weight ? weight_sums_.clear(slot) : nullptr;
       for (int64_t n = begin; n < end; ++n) {
         const Place place = windows_[n];
-        const Window<Word> window = padded_window(place, p_.growth_rate);
+        const Window<Word> window = padded_window(place, growth_);
         const Element* const dy = make_dy(i, place, window);
         Ahead masked, arriving;
         each_run(place, [&](int64_t first, int64_t pixels) {
           masked.add(source + first * stride, pixels, stride, c);
           if (hidden_ > 0) masked.add(da_ + first * hidden_columns_, pixels, hidden_columns_, hidden_columns_);
-          else masked.add(arriving_ + first * channels_, pixels, channels_, c);
+          else masked.add(arriving_ + first * channels_ + read_, pixels, channels_, c);
         });
         if (n + 1 < end)
           each_run(windows_[n + 1], [&](int64_t first, int64_t pixels) {
-            arriving.add(x_ + first * channels_ + channels(i), pixels, channels_, p_.growth_rate);
-            arriving.add(arriving_ + first * channels_ + channels(i), pixels, channels_, p_.growth_rate);
+            arriving.add(x_ + first * channels_ + made_by(i), pixels, channels_, growth_);
+            arriving.add(arriving_ + first * channels_ + made_by(i), pixels, channels_, growth_);
           });
         const auto mask = [&](int64_t slice, int64_t row, const float* du) {
           const int64_t first = pixel(place, slice, row);
@@ -297,7 +301,7 @@ class TrainingBlock {
   // Adds scale * da to G, at pixels from `first`.
   auto gather(const Normalization& norm, int64_t first) {
     return [this, &norm, first](int64_t at, int64_t channel, Vector da, int64_t exist) {
-      const int64_t element = (first + at) * channels_ + channel;
+      const int64_t element = (first + at) * channels_ + read_ + channel;
       const Vector g = load_up_to(arriving_ + element, exist);
       store_up_to(grad_ + element, Isa::multiply_add(da, Isa::load(norm.scale + channel), g), exist);
     };
@@ -327,7 +331,7 @@ class TrainingBlock {
           undo_norm1(first, rows, start, width, c, dz, z, s1, s2);
         };
         const auto add_chunk = [&](Ahead& to, int64_t pixel, int64_t start) {
-          const int64_t at = pixel * channels_ + start, width = gradient_chunk(columns - start);
+          const int64_t at = pixel * channels_ + read_ + start, width = gradient_chunk(columns - start);
           to.add(x_ + at, rows, channels_, width).add(arriving_ + at, rows, channels_, width);
         };
         const auto coming = [&](int64_t start) {
@@ -360,9 +364,10 @@ class TrainingBlock {
       for (int64_t v = 0; v < width; v += Isa::kLanes) {
         const int64_t channel = start + v, exist = c - channel;
         // Not members: for all that a compiler knows, a vector's store changes those.
-        const Store* const x = x_ + first * stride + channel;
-        const Gradient* const arriving = arriving_ + first * stride + channel;
-        Gradient* const grad = grad_ + first * stride + channel;
+        const int64_t at = first * stride + read_ + channel;
+        const Store* const x = x_ + at;
+        const Gradient* const arriving = arriving_ + at;
+        Gradient* const grad = grad_ + at;
         const Vector scale = Isa::load(norm1_.scale + channel), shift = Isa::load(norm1_.shift + channel);
         const auto column = z.column(v);
         NormSums sums(norm1_.mean + channel);
@@ -413,12 +418,12 @@ class TrainingBlock {
   }
 
   void make_dx() {
-    const int64_t c0 = p_.input_channels;
+    const int64_t c0 = p_.features.input_channels;
     with_element_type(p_.dx_dtype, [&](auto* type) {
       using Element = std::remove_pointer_t<decltype(type)>;
       auto* const dx = static_cast<Element*>(p_.dx);
       team_.run(pixels_, [this, c0, dx](int64_t begin, int64_t end) {
-        const auto gradient = true_gradient(0);
+        const auto gradient = true_gradient(p_.features.read_by(0));
         for (int64_t at = begin; at < end; ++at)
           for (int64_t v = 0; v < c0; v += Isa::kLanes) store_up_to(dx + at * c0 + v, gradient(at, v, c0 - v), c0 - v);
       });
@@ -449,8 +454,8 @@ class TrainingBlock {
   void share_through(int64_t c) {
     const int64_t own_half = own_through_.size() / 2, half = through_.size() / 2;
     for (int64_t v = 0; v < c; ++v) {
-      through_[v] += own_through_[v];
-      through_[half + v] += own_through_[own_half + v];
+      through_[read_ + v] += own_through_[v];
+      through_[half + read_ + v] += own_through_[own_half + v];
     }
   }
 
@@ -462,12 +467,12 @@ class TrainingBlock {
       const Window<Word> window = padded_window(place, c);
       const float* const u = make_u(place, window, source, stride, c, norm);
       if (window.by_winograd())
-        add_weight_gradient_in_places(window, u, dy_window, dy, p_.growth_rate, sum, ahead);
+        add_weight_gradient_in_places(window, u, dy_window, dy, growth_, sum, ahead);
       else
-        add_weight_gradient_of_sequences(window, u, dy_window, dy, p_.growth_rate, sum, ahead);
+        add_weight_gradient_of_sequences(window, u, dy_window, dy, growth_, sum, ahead);
     } else {
       add_weight_gradient<Word>(
-          dy_window, dy, p_.growth_rate, round_up(c, Isa::kLanes),
+          dy_window, dy, growth_, round_up(c, Isa::kLanes),
           [&](int64_t slice, int64_t z, int64_t y) { return exists(place, slice % place.slices + z, y); },
           [&](int64_t slice, int64_t z, int64_t y, int64_t x, int64_t v) {
             return norm(load_up_to(source + (pixel(place, slice + z, y) + x) * stride + v, c - v), v);
@@ -480,14 +485,14 @@ class TrainingBlock {
 
   int64_t conv3_sum_size(int64_t columns) const {
     const int64_t slices = 2 * reach_z_ + 1;
-    return (by_winograd() ? places_of(slices) : 9 * slices) * weight_sum_size(p_.growth_rate, columns);
+    return (by_winograd() ? places_of(slices) : 9 * slices) * weight_sum_size(growth_, columns);
   }
 
   // dW2, [k, C, ((3,) 3,) 3], from those parts' sums.
   void finish_conv3(int64_t c, int64_t columns, float* out) {
     const int64_t slices = 2 * reach_z_ + 1, of_slice = 3 * (2 * reach_y_ + 1), taps = slices * of_slice;
-    const int64_t size = weight_sum_size(p_.growth_rate, columns);
-    team_.run(p_.growth_rate, [&](int64_t begin, int64_t end) {
+    const int64_t size = weight_sum_size(growth_, columns);
+    team_.run(growth_, [&](int64_t begin, int64_t end) {
       Vector values[27];
       float tap_values[27][Isa::kLanes];
       for (int64_t n = begin; n < end; ++n)
@@ -584,11 +589,11 @@ class TrainingBlock {
   }
 
   const Element* make_dy(int64_t i, const Place& place, const Window<Word>& window) const {
-    const int64_t c = channels(i), k = p_.growth_rate, stride = channels_, padded = window.stride;
-    const Store* const x = x_ + c;
-    const Gradient* const arriving = arriving_ + c;
+    const int64_t made = made_by(i), k = growth_, stride = channels_, padded = window.stride;
+    const Store* const x = x_ + made;
+    const Gradient* const arriving = arriving_ + made;
     const uint8_t* const mask = p_.layer[i].growth_mask;
-    const auto gradient = true_gradient(c);
+    const auto gradient = true_gradient(made);
     return fill(place, window, Scratch::of_this_thread().dy, [=](int64_t at, Element* target) {
       prefetch(x + (at + kAhead) * stride, k);
       prefetch(arriving + (at + kAhead) * stride, k);
@@ -624,7 +629,7 @@ class TrainingBlock {
   const TrainingArgs& p_;
   const Team team_;
   const int64_t slice_, pixels_, channels_, hidden_;
-  const int64_t hidden_padded_, hidden_columns_, growth_columns_;  // as a multiply takes and makes them
+  const int64_t hidden_padded_, hidden_columns_, growth_, growth_columns_;  // columns_, padded_: as a multiply has them
   Store* const x_;
   Gradient* const grad_;
   const Windows windows_;
@@ -635,6 +640,7 @@ class TrainingBlock {
   Sums<double> sums_;
   Sums<float> weight_sums_;
   Buffer packed_, da_memory_;
+  int64_t read_ = 0;                   // the first channel that the layer at hand reads
   Element* da_ = nullptr;              // of the bottleneck, rounded where multiplies are
   const Gradient* arriving_ = nullptr;    // what G holds so far: at first, the gradient of X
   std::vector<float> through_;         // P and Q
