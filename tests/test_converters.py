@@ -252,6 +252,17 @@ def test_an_output_switched_after_conversion() -> None:
         assert parity.relative_error(*seen[::-1]) <= EXACT
 
 
+@pytest.mark.parametrize("upsample", [True, False])
+def test_biases_leave_features_and_their_gradients_in_their_layout(upsample, op_calls) -> None:
+    block = fastdense.convert(wild.DenseBlock(12, 6, 3, 0.3, upsample))
+    x = torch.randn(2, 12, 5, 6).to(memory_format=torch.channels_last).requires_grad_()
+    with op_calls() as calls:
+        block(x).square().sum().backward()
+    read = {op.name(): args[0] for op, args, _ in calls}
+    assert read.keys() == {"fastdense::dense_block", "fastdense::dense_block_backward"}
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in read.values())
+
+
 # -- what is declined --------------------------------------------------------------------------------------------------
 
 
