@@ -141,24 +141,25 @@ class FusedBlock(Fused):
         biases = [bias for bias in (parameter(layer.conv1, "bias") for layer in modules) if bias is not None]
         tensors = itertools.chain([x], biases, *layers[:10])
         needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        first = 0  # channel of the features in the buffer
+        before = after = 0  # channels of the buffer around the features
         channels = x.shape[1]
         stats = None
         if not needs_grad and not uses_batch and not layers.growth_mask:
             out = _inference(x, layers, biases, dtype, backend)
         else:
             if biases:
-                first = 1
+                before, after = (0, 1) if layers.new_first else (1, 0)
                 x, layers = _with_biases(x, layers, biases)
             keep = needs_grad and not modules[0].recomputes
             result = ops.dense_block(x, layers, dtype=dtype, save_bottleneck=keep, backend=backend)
-            out, shared = result.out, ChannelStats(result.mean[first:], result.var[first:])
+            out = result.out
+            shared = ChannelStats(result.mean, result.var).part(slice(before, out.shape[1] - after))
             if uses_batch:
                 self._update(modules, shared, ChannelStats(result.bottleneck_mean, result.bottleneck_var), count)
             if any(layers.norm1_batch_stats):
                 stats = BatchStats(shared.mean, shared.var, count, layers.group)
-        if first or self._layout.only_new:
-            out, stats = self._returned(out, stats, first, channels)
+        if biases or self._layout.only_new:
+            out, stats = self._returned(out, stats, before, after, channels)
         return out, stats
 
     def dense_layers(self) -> list[Layer]:
@@ -258,14 +259,14 @@ class FusedBlock(Fused):
         update_running_stats(norms1 + norms2, means, variances)
 
     def _returned(
-        self, out: Tensor, stats: BatchStats | None, first: int, channels: int
+        self, out: Tensor, stats: BatchStats | None, before: int, after: int, channels: int
     ) -> tuple[Tensor, BatchStats | None]:
-        """Of the buffer, whose features begin at ``first`` with ``channels`` of the input, what the forward returns."""
-        start, end = first, out.shape[1]
+        """What the forward returns of the buffer, between ``before`` and ``after``; the input has ``channels``."""
+        start, end = before, out.shape[1] - after
         if self._layout.only_new and getattr(self, self._layout.only_new):
             start, end = (start, end - channels) if self._layout.new_first else (start + channels, end)
             if stats is not None:
-                part = slice(start - first, end - first)
+                part = slice(start - before, end - before)
                 stats = stats._replace(mean=stats.mean[part], var=stats.var[part])
         if (start, end) != (0, out.shape[1]):
             out = _with_channels(out, -start, end - out.shape[1])
@@ -317,34 +318,42 @@ def _inference(x: Tensor, layers: DenseLayers, biases: list[Tensor], dtype: torc
     """The features at running statistics. With biases: made without them, of which the norms know, then shifted."""
     if not biases:
         return ops.dense_block_inference(x, layers, dtype=dtype, backend=backend)
-    shift = torch.cat([x.new_zeros(x.shape[1]), *biases])
-    means = [mean - shift[: len(mean)] for mean in layers.norm1_running_mean]
+    shifts = [x.new_zeros(x.shape[1]), *biases]
+    shift = torch.cat(shifts[::-1] if layers.new_first else shifts)
+    means = [mean - shift[layers.reads(i)] for i, mean in enumerate(layers.norm1_running_mean)]
     out = ops.dense_block_inference(x, layers._replace(norm1_running_mean=means), dtype=dtype, backend=backend)
     return out.add_(shift.to(out.dtype).view(-1, *[1] * (out.dim() - 2)))
 
 
 def _with_biases(x: Tensor, layers: DenseLayers, biases: list[Tensor]) -> tuple[Tensor, DenseLayers]:
-    """Of layers without bottleneck: a first channel that every norm turns into ones, and the biases its weights."""
+    """Of layers without bottleneck: a channel on x that every norm turns into ones, and the biases its weights.
 
-    def after(value: float, vectors: list[Tensor]) -> list[Tensor]:
-        return [torch.cat([vector.new_full((1,), value), vector]) for vector in vectors]
+    It is on the side where no new features go.
+    """
+
+    def joined(one: Tensor, others: Tensor, dim: int) -> Tensor:
+        return torch.cat([others, one] if layers.new_first else [one, others], dim)
+
+    def each_with(value: float, vectors: list[Tensor]) -> list[Tensor]:
+        return [joined(vector.new_full((1,), value), vector, 0) for vector in vectors]
 
     centred = [
         F.pad(bias.reshape(-1, *[1] * (weight.dim() - 1)), [side // 2 for side in weight.shape[2:] for _ in "lr"])
         for bias, weight in zip(biases, layers.conv1_weight, strict=True)
     ]
-    return _with_channels(x, 1, 0, value=1), layers._replace(
-        norm1_weight=after(0, layers.norm1_weight),
-        norm1_bias=after(1, layers.norm1_bias),
-        norm1_running_mean=after(0, layers.norm1_running_mean),
-        norm1_running_var=after(1, layers.norm1_running_var),
-        conv1_weight=[torch.cat(pair, 1) for pair in zip(centred, layers.conv1_weight, strict=True)],
+    x = _with_channels(x, 0, 1, value=1) if layers.new_first else _with_channels(x, 1, 0, value=1)
+    return x, layers._replace(
+        norm1_weight=each_with(0, layers.norm1_weight),
+        norm1_bias=each_with(1, layers.norm1_bias),
+        norm1_running_mean=each_with(0, layers.norm1_running_mean),
+        norm1_running_var=each_with(1, layers.norm1_running_var),
+        conv1_weight=[joined(*pair, 1) for pair in zip(centred, layers.conv1_weight, strict=True)],
     )
 
 
 def _with_channels(x: Tensor, before: int, after: int, value: float = 0) -> Tensor:
     """x with so many more channels, or fewer where negative, not a view; the layout stays, that of a gradient too."""
-    if x.dim() == 3 and before <= 0:  # of sequences PyTorch's pad knows no channels-last
+    if x.dim() == 3 and before + after <= 0:  # of sequences PyTorch's pad knows no channels-last
         return x[:, -before : x.shape[1] + after].clone()
     return F.pad(x, [0, 0] * (x.dim() - 2) + [before, after], value=value)
 

@@ -252,6 +252,35 @@ def test_an_output_switched_after_conversion() -> None:
         assert parity.relative_error(*seen[::-1]) <= EXACT
 
 
+class _NewFirst(wild.DenseBlock):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        new = []
+        for layer in self.layers:
+            new.insert(0, layer(x))
+            x = torch.cat([new[0], x], 1)
+        return torch.cat(new, 1) if self.upsample else x
+
+
+@pytest.mark.parametrize("upsample", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_biases_of_new_features_first(training, upsample) -> None:
+    stock = _NewFirst(12, 6, 3, 0.3, upsample).double().train(training)
+    fast = fastdense.convert(stock)
+    assert isinstance(fast, fastdense.modules.FusedBlock)
+    x = torch.randn(2, 12, 5, 6, dtype=torch.float64)
+    seen = []
+    for model in (fast, stock):
+        torch.manual_seed(0)
+        out = model(x)
+        out.square().sum().backward()
+        seen.append([out, *(p.grad for p in model.parameters()), *model.buffers()])
+    with torch.no_grad():
+        for values, model in zip(seen, (fast, stock), strict=True):
+            values.append(model.eval()(x))
+    for ours, theirs in zip(*seen, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("upsample", [True, False])
 def test_biases_leave_features_and_their_gradients_in_their_layout(upsample, op_calls) -> None:
     block = fastdense.convert(wild.DenseBlock(12, 6, 3, 0.3, upsample))
