@@ -169,6 +169,10 @@ class DenseLayers(NamedTuple):
         source, k = self.reads(layer), self.growth_rate
         return slice(source.start - k, source.start) if self.new_first else slice(source.stop, source.stop + k)
 
+    def written(self) -> list[slice]:
+        """Those that are the input's, and those that each layer makes."""
+        return [self.reads(0), *map(self.writes, range(self.num_layers))]
+
     def norm1(self, layer: int, batch: ChannelStats) -> Norm:
         """norm1 of one layer; ``batch`` are the statistics of X, of which it takes those that it reads."""
         stats = ChannelStats(self.norm1_running_mean[layer], self.norm1_running_var[layer])

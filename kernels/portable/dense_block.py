@@ -232,7 +232,7 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
     share_stats = any(layers.norm1_batch_stats)
 
     block = _Block(out, layers, dtype)
-    first, *written = [layers.reads(0), *map(layers.writes, range(depth))]  # by x, layer 0, ...
+    first, *written = layers.written()
     written_stats = list(map(stats.part, written))
     hidden_stats = list(map(ChannelStats, *bottleneck_stats))
     norms1 = [LateAffineMap(layers.norm1(i, stats), block.acc, dims) for i in range(depth)]
@@ -303,16 +303,15 @@ class _GradientOfX:
 
     def __init__(self, grad_out: Tensor, output: DenseBlockOutput, layers: DenseLayers, block: _Block):
         n, _, *spatial = output.out.shape
-        depth = layers.num_layers
         self.given = in_channels_last(cast(grad_out, block.passed))
-        self._last = layers.reads(depth - 1)
+        self._last = layers.reads(layers.num_layers - 1)
         self.raw = channels_of(self.given, self._last)  # G, but for what the last layer writes
         if self.given is grad_out:  # no memory of our own
             self.raw = empty_channels_last(self.raw.shape, block.passed, grad_out.device)
         self.through = Correction.none(output.mean)  # P and Q
         self.dy = empty_channels_last((n, layers.growth_rate, *spatial), block.acc, grad_out.device)
 
-        written = [layers.reads(0), *map(layers.writes, range(depth))]  # by x, layer 0, ...
+        written = layers.written()
         raw = [*map(self.part, written[:-1]), channels_of(self.given, written[-1])]
         through = self.through.per_channel(grad_out.dim())
         x = [channels_of(output.out, new) for new in written]
