@@ -141,25 +141,22 @@ class FusedBlock(Fused):
         biases = [bias for bias in (parameter(layer.conv1, "bias") for layer in modules) if bias is not None]
         tensors = itertools.chain([x], biases, *layers[:10])
         needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        before = after = 0  # channels of the buffer around the features
-        channels = x.shape[1]
+        features, channels = slice(0, layers.output_channels), x.shape[1]  # features: in the buffer
         stats = None
         if not needs_grad and not uses_batch and not layers.growth_mask:
             out = _inference(x, layers, biases, dtype, backend)
         else:
-            if biases:
-                before, after = (0, 1) if layers.new_first else (1, 0)
-                x, layers = _with_biases(x, layers, biases)
+            x, extended, features = _with_biases(x, layers, biases) if biases else (x, layers, features)
             keep = needs_grad and not modules[0].recomputes
-            result = ops.dense_block(x, layers, dtype=dtype, save_bottleneck=keep, backend=backend)
-            out = result.out
-            shared = ChannelStats(result.mean, result.var).part(slice(before, out.shape[1] - after))
+            result = ops.dense_block(x, extended, dtype=dtype, save_bottleneck=keep, backend=backend)
+            out, shared = result.out, ChannelStats(result.mean, result.var).part(features)
             if uses_batch:
-                self._update(modules, shared, ChannelStats(result.bottleneck_mean, result.bottleneck_var), count)
+                bottlenecks = ChannelStats(result.bottleneck_mean, result.bottleneck_var)
+                self._update(modules, layers, shared, bottlenecks, count)
             if any(layers.norm1_batch_stats):
                 stats = BatchStats(shared.mean, shared.var, count, layers.group)
         if biases or self._layout.only_new:
-            out, stats = self._returned(out, stats, before, after, channels)
+            out, stats = self._returned(out, stats, features, channels)
         return out, stats
 
     def dense_layers(self) -> list[Layer]:
@@ -243,14 +240,19 @@ class FusedBlock(Fused):
             self._layout.new_first,
         )
 
-    def _update(self, layers: list[Layer], shared: ChannelStats, bottleneck: ChannelStats, count: int | Tensor) -> None:
+    def _update(
+        self,
+        modules: list[Layer],
+        layers: DenseLayers,
+        shared: ChannelStats,
+        bottleneck: ChannelStats,
+        count: int | Tensor,
+    ) -> None:
         """The running statistics, from the batch's of all features and of each layer's bottleneck."""
-        norms1 = [layer.norm1 for layer in layers]
-        norms2 = [layer.norm2 for layer in layers if layer.norm2 is not None]
-        features, new_first = shared.mean.shape[0], self._layout.new_first
-        parts = [slice(features - n, None) if new_first else slice(n) for n in (norm.num_features for norm in norms1)]
+        norms1 = [layer.norm1 for layer in modules]
+        norms2 = [layer.norm2 for layer in modules if layer.norm2 is not None]
         means, variances = (
-            [vector[part] for part in parts] + list(narrow.unbind()[: len(norms2)])
+            [vector[layers.reads(i)] for i in range(len(norms1))] + list(narrow.unbind()[: len(norms2)])
             for vector, narrow in (
                 (shared.mean, bottleneck.mean),
                 (unbiased(shared.var, count), unbiased(bottleneck.var, count)),
@@ -259,14 +261,14 @@ class FusedBlock(Fused):
         update_running_stats(norms1 + norms2, means, variances)
 
     def _returned(
-        self, out: Tensor, stats: BatchStats | None, before: int, after: int, channels: int
+        self, out: Tensor, stats: BatchStats | None, features: slice, channels: int
     ) -> tuple[Tensor, BatchStats | None]:
-        """What the forward returns of the buffer, between ``before`` and ``after``; the input has ``channels``."""
-        start, end = before, out.shape[1] - after
+        """Of the buffer, with its ``features``, the input's ``channels`` among them, what the forward returns."""
+        start, end = features.start, features.stop
         if self._layout.only_new and getattr(self, self._layout.only_new):
             start, end = (start, end - channels) if self._layout.new_first else (start + channels, end)
             if stats is not None:
-                part = slice(start - before, end - before)
+                part = slice(start - features.start, end - features.start)
                 stats = stats._replace(mean=stats.mean[part], var=stats.var[part])
         if (start, end) != (0, out.shape[1]):
             out = _with_channels(out, -start, end - out.shape[1])
@@ -325,11 +327,12 @@ def _inference(x: Tensor, layers: DenseLayers, biases: list[Tensor], dtype: torc
     return out.add_(shift.to(out.dtype).view(-1, *[1] * (out.dim() - 2)))
 
 
-def _with_biases(x: Tensor, layers: DenseLayers, biases: list[Tensor]) -> tuple[Tensor, DenseLayers]:
+def _with_biases(x: Tensor, layers: DenseLayers, biases: list[Tensor]) -> tuple[Tensor, DenseLayers, slice]:
     """Of layers without bottleneck: a channel on x that every norm turns into ones, and the biases its weights.
 
-    It is on the side where no new features go.
+    It is on the side where no new features go. The slice is that of the features in the buffer.
     """
+    before, after = (0, 1) if layers.new_first else (1, 0)
 
     def joined(one: Tensor, others: Tensor, dim: int) -> Tensor:
         return torch.cat([others, one] if layers.new_first else [one, others], dim)
@@ -341,14 +344,15 @@ def _with_biases(x: Tensor, layers: DenseLayers, biases: list[Tensor]) -> tuple[
         F.pad(bias.reshape(-1, *[1] * (weight.dim() - 1)), [side // 2 for side in weight.shape[2:] for _ in "lr"])
         for bias, weight in zip(biases, layers.conv1_weight, strict=True)
     ]
-    x = _with_channels(x, 0, 1, value=1) if layers.new_first else _with_channels(x, 1, 0, value=1)
-    return x, layers._replace(
+    extended = layers._replace(
         norm1_weight=each_with(0, layers.norm1_weight),
         norm1_bias=each_with(1, layers.norm1_bias),
         norm1_running_mean=each_with(0, layers.norm1_running_mean),
         norm1_running_var=each_with(1, layers.norm1_running_var),
         conv1_weight=[joined(*pair, 1) for pair in zip(centred, layers.conv1_weight, strict=True)],
     )
+    x = _with_channels(x, before, after, value=1)
+    return x, extended, slice(before, before + layers.output_channels)
 
 
 def _with_channels(x: Tensor, before: int, after: int, value: float = 0) -> Tensor:

@@ -58,7 +58,7 @@ def dense_block(x: Tensor, layers: DenseLayers, dtype: torch.dtype, save_bottlen
     copy_stats_fwd(x, channels_of(shared, reads), partials if share_stats else None)
     merge_for(layers.norm1(0, stats), vectors1, stats.part(reads), partials if share_stats else None, group=group)
     for layer in range(count):
-        reads, writes = layers.reads(layer), layers.writes(layer)
+        writes = layers.writes(layer)
         source, vectors = channels_of(shared, reads), vectors1
         if layers.has_bottleneck:
             if save_bottleneck or not layer:

@@ -27,8 +27,11 @@ class Stem {
         k_(p_.kernel_d * p_.kernel_h * part_),
         parted_(part_ > row_ || p_.stride_w * p_.channels % e > 0),
         step_(parted_ ? part_ : p_.stride_w * p_.channels),
+        stride_(round_up(std::max(width_ * step_, (p_.width + 2 * p_.padding_w) * p_.channels), kSlack) + kSlack),
         columns_(round_up(p_.out_channels, Isa::kLanes)),
-        norm_(p_.norm, p_.norm_dtype, p_.out_channels, columns_) {}
+        norm_(p_.norm, p_.norm_dtype, p_.out_channels, columns_) {
+    for (int64_t i = 0; i < p_.kernel_d; ++i) starts_.push_back(2 * i * p_.kernel_h * stride_ / e);
+  }
 
   void run() {
     const int64_t slices = pooled(depth_), rows = pooled(height_), units = slices > 1 ? slices : rows;
@@ -91,14 +94,11 @@ class Stem {
   class Source {
    public:
     Source(const Stem& stem, int64_t image, int64_t front, int64_t first)
-        : s_(stem), p_(stem.p_), image_(image), front_(front), next_(first) {
-      const int64_t padded = (p_.width + 2 * p_.padding_w) * p_.channels;
-      stride_ = round_up(std::max(s_.width_ * s_.step_, padded), kSlack) + kSlack;
+        : s_(stem), p_(stem.p_), image_(image), front_(front), stride_(stem.stride_), next_(first) {
       Scratch& scratch = Scratch::of_this_thread();
       rows_ = scratch.u.template get<Element>(2 * p_.kernel_d * p_.kernel_h * stride_);
       row_ = scratch.dy.template get<Element>(stride_);
       std::memset(static_cast<void*>(row_), 0, stride_ * sizeof(Element));
-      for (int64_t i = 0; i < p_.kernel_d; ++i) starts_.push_back(2 * i * p_.kernel_h * stride_ / e);
     }
 
     // What a row of pixels is made of, from row y on: of the first pixel, and where the others' parts are.
@@ -106,7 +106,7 @@ class Stem {
       for (; next_ < y + p_.kernel_h; ++next_)
         for (int64_t i = 0; i < p_.kernel_d; ++i) load(i, next_);
       return {reinterpret_cast<const Word*>(at(0, y)), s_.step_ / e, s_.width_,
-              {p_.kernel_h, stride_ / e, p_.kernel_d, starts_.data()}};
+              {p_.kernel_h, stride_ / e, p_.kernel_d, s_.starts_.data()}};
     }
 
    private:
@@ -158,12 +158,10 @@ class Stem {
 
     const Stem& s_;
     const StemArgs& p_;
-    const int64_t image_, front_;
-    int64_t next_;    // row to load
-    int64_t stride_;  // of rows
-    Element* rows_;   // slice by slice, each of them twice
-    Element* row_;    // one, as it is in x
-    std::vector<int64_t> starts_;
+    const int64_t image_, front_, stride_;
+    int64_t next_;   // row to load
+    Element* rows_;  // slice by slice, each of them twice
+    Element* row_;   // one, as it is in x
   };
 
   // Of row y of relu(affine(conv(x))) the maxima along it.
@@ -231,7 +229,8 @@ class Stem {
   const int64_t row_, part_;              // values of x that a pixel is made of, in one row, and as whole words
   const int64_t k_;                       // in all
   const bool parted_;                     // whether each pixel's are by themselves, or overlap as in x
-  const int64_t step_;                    // between pixels
+  const int64_t step_, stride_;           // between pixels, and between rows, of a Source
+  std::vector<int64_t> starts_;           // of its slices, in words
   const int64_t columns_;
   const OwnAffine norm_;
 };
